@@ -1,0 +1,131 @@
+"""Checkpoints that survive a kill, for trainers whose module wraps the saved model.
+
+Knows: what a checkpoint folder holds, when it is complete, how to resume from it. Does
+not know: what is trained.
+"""
+
+import os
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from starling_lib.models import precision_arguments
+
+MARKER = "COMPLETE"
+
+
+def machine_defaults(arguments: dict) -> dict:
+    """Keyword arguments for a `TrainingArguments` subclass that run on this machine.
+
+    The library's own defaults ask for bf16 and report to every tracker installed, and
+    raise on a laptop; anything in `arguments` wins.
+    """
+    ours = {
+        **precision_arguments(),
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+    }
+    return {**ours, **arguments}
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raise ValueError for settings under which a kill or a second GPU loses work."""
+    if args.save_total_limit == 1:
+        raise ValueError(
+            "save_total_limit=1 deletes the last complete checkpoint before the next one "
+            "is complete: use 2 or more, or None"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible in one process, which Trainer would wrap in "
+            "DataParallel: start with `accelerate launch` or `torchrun`, or set "
+            "CUDA_VISIBLE_DEVICES to one GPU"
+        )
+
+
+def step_of(folder: Path) -> int:
+    """The optimiser step in a name such as `checkpoint-40`."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def newest_complete(output_dir: str | os.PathLike) -> Path | None:
+    """Newest checkpoint with a marker; newer ones without are set aside with a message."""
+    pattern = f"{PREFIX_CHECKPOINT_DIR}-*"
+    folders = [p for p in Path(output_dir).glob(pattern) if p.name[-1].isdigit()]
+    for folder in sorted(folders, key=step_of, reverse=True):
+        if (folder / MARKER).exists():
+            return folder
+        aside = folder.with_name(f"incomplete-{folder.name}-{os.getpid()}")
+        folder.rename(aside)
+        print(
+            f"{folder.name} was cut off while being written: set aside as {aside.name}"
+        )
+    return None
+
+
+def write_marker(folder: Path) -> None:
+    """Flush everything in `folder` to disk, then mark it complete."""
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    with (folder / MARKER).open("w") as marker:
+        marker.write("every file of this checkpoint was written\n")
+        marker.flush()
+        os.fsync(marker.fileno())
+
+
+class WrappedModelTrainer(Trainer):
+    """A `Trainer` of a module that wraps the model to be saved.
+
+    Checkpoints hold the inner model by `save_pretrained` at their root, so that plain
+    `from_pretrained` reads them; plain `_save` raises on tied embeddings.
+    """
+
+    def inner_model(self) -> PreTrainedModel:
+        """The model that users load later; subclasses say where it sits."""
+        raise NotImplementedError
+
+    def extra_state(self) -> dict[str, nn.Module]:
+        """Modules saved beside the inner model, by file name; none by default."""
+        return {}
+
+    def save_progress(self, folder: Path) -> None:
+        """Write what a checkpoint needs beyond model and optimiser; nothing by default."""
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
+        if resume_from_checkpoint is True:
+            found = newest_complete(self.args.output_dir)
+            resume_from_checkpoint = str(found) if found else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        from safetensors.torch import save_model
+
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        self.inner_model().save_pretrained(output_dir)
+        for name, module in self.extra_state().items():
+            save_model(module, str(output_dir / f"{name}.safetensors"))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        from safetensors.torch import load_model
+
+        folder, inner = Path(resume_from_checkpoint), self.inner_model()
+        loaded = type(inner).from_pretrained(folder, dtype=inner.dtype)
+        inner.load_state_dict(loaded.state_dict())
+        for name, module in self.extra_state().items():
+            load_model(module, str(folder / f"{name}.safetensors"))
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.save_progress(Path(self.args.output_dir) / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_marker(Path(self.args.output_dir) / name)

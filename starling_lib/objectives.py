@@ -1,0 +1,133 @@
+"""Losses and estimators of policy optimisation, as pure functions of tensors.
+
+Shapes are (N, R): N responses, R response positions; `mask` is True on response tokens,
+the EOS step included. Knows: APA, AWR, PPO, GAE, KL estimators. Does not know: models,
+trainers, text.
+"""
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """Σ x·mask / `count` (default Σ mask): a mean over response tokens, never padding.
+
+    Give `count` where the mean runs over more than this tensor (accumulation, processes).
+    """
+    total = torch.where(mask, x, 0).sum()
+    return total / (mask.sum().clamp(min=1) if count is None else count)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale the masked entries to unit variance (and zero mean); zero elsewhere.
+
+    The original whitened over padding too (starling.md §4.2), which made the effective λ
+    depend on how the batch was padded.
+    """
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, white if shift_mean else white + mean, 0)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  with V = A = 0 after the last
+    response token. Returns (advantages, returns = A + V), both (N, R), zero outside `mask`.
+    """
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
+    advantages = torch.zeros_like(values)
+    after = torch.zeros_like(values[:, 0])  # A_{t+1}
+    next_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        after = torch.where(mask[:, t], delta + gamma * gae_lambda * after, 0)
+        next_value = values[:, t]
+        advantages[:, t] = after
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+def apa_loss(
+    logprobs: Tensor,
+    anchor_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    apa_lambda: float,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """Advantage-induced policy alignment (Zhu et al. 2023, arXiv 2306.02231).
+
+    mean over response tokens of (log π_θ − log π_anchor − A/λ)². The anchor is the initial
+    policy in the paper, the rollout policy in Starling's code. Z(s) is taken as 1.
+    """
+    target = anchor_logprobs + advantages / apa_lambda
+    return masked_mean((logprobs - target) ** 2, mask, count)
+
+
+def awr_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    awr_lambda: float,
+    max_weight: float = 20.0,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """Advantage-weighted regression (Peng et al. 2019, arXiv 1910.00177, eq. 9).
+
+    −mean of exp(A/λ)·log π_θ, weights clipped at `max_weight` as in that paper (§5).
+    """
+    weights = (advantages / awr_lambda).exp().clamp(max=max_weight)
+    return -masked_mean(weights * logprobs, mask, count)
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """Clipped surrogate of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7), negated."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
+    gain = torch.minimum(ratio * advantages, clipped * advantages)
+    return -masked_mean(gain, mask, count)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    cliprange: float | None = None,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """½ mean (V − R)²; with `cliprange`, the larger of clipped and unclipped (PPO2)."""
+    error = (values - returns) ** 2
+    if cliprange is not None:
+        near = old_values + (values - old_values).clamp(-cliprange, cliprange)
+        error = torch.maximum(error, (near - returns) ** 2)
+    return 0.5 * masked_mean(error, mask, count)
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(π‖ref) from π's samples: log π − log ref. Unbiased, noisy.
+
+    k1, k2, k3: Schulman 2020, "Approximating KL divergence".
+    """
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """½ (log π − log ref)²: low variance, biased, never negative."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """ref/π − 1 − log(ref/π): unbiased and never negative."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio

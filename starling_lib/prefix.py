@@ -1,0 +1,217 @@
+"""K responses behind one shared prompt in one forward, and the frozen-trunk split.
+
+    [ prompt | response 1 | response 2 | … | response K ]
+
+Positions restart after the prompt for each response, and a token sees the prompt and its
+own response only, so every response gets the hidden states of a forward of its own while
+the prompt is computed once instead of K times.
+
+Knows: token rows, masks, the layers of a model. Does not know: losses, text.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from starling_lib.models import reward_head
+
+PROMPT, PADDING = 0, -1  # segment ids; responses are 1 … K
+
+
+def pack_ranking(
+    prompt_ids: Sequence[int], response_ids: Sequence[Sequence[int]]
+) -> dict[str, list[int]]:
+    """Lay one prompt and its K responses out in one row of T tokens.
+
+    Returns lists `input_ids`, `position_ids`, `segment_ids` (0 prompt, k response k) of
+    length T, and `ends` (K): the index of each response's last token. Raises ValueError
+    on an empty prompt or response.
+    """
+    if not prompt_ids or not all(response_ids):
+        raise ValueError("pack_ranking: the prompt and every response need a token")
+    row = {
+        "input_ids": list(prompt_ids),
+        "position_ids": list(range(len(prompt_ids))),
+        "segment_ids": [PROMPT] * len(prompt_ids),
+        "ends": [],
+    }
+    for k, ids in enumerate(response_ids, start=1):
+        row["input_ids"] += ids
+        row["position_ids"] += range(len(prompt_ids), len(prompt_ids) + len(ids))
+        row["segment_ids"] += [k] * len(ids)
+        row["ends"].append(len(row["input_ids"]) - 1)
+    return row
+
+
+def stack_rankings(rows: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
+    """Right-pad packed rows to (B, T) tensors; missing responses have `ends` = −1."""
+    fill = {"input_ids": pad_id, "position_ids": 0, "segment_ids": PADDING, "ends": -1}
+    return {
+        key: nn.utils.rnn.pad_sequence(
+            [torch.tensor(row[key]) for row in rows], True, padding_value=value
+        )
+        for key, value in fill.items()
+    }
+
+
+def segment_mask(segment_ids: Tensor) -> Tensor:
+    """Who may look at whom: (B, T) segments → (B, 1, T, T) bool, True = may attend.
+
+    A token sees itself and earlier tokens of the prompt and of its own segment. Padding
+    sees only padding, so that no row of the softmax is empty (that would be NaN).
+    """
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    steps = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    causal = steps[None, :] <= steps[:, None]
+    return (causal & ((key == query) | ((key == PROMPT) & (query > 0))))[:, None]
+
+
+def attention_mask_for(model: PreTrainedModel, segment_ids: Tensor) -> Tensor:
+    """`segment_mask` in the form that the model's attention implementation reads.
+
+    sdpa takes the bool mask; eager adds a mask to the logits, so it gets 0 and the most
+    negative number. Raises ValueError for any other implementation and for rows longer
+    than a sliding window (a 4-D mask would silently switch the window off).
+    """
+    config, mask = model.config, segment_mask(segment_ids)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and segment_ids.shape[1] > window:
+        raise ValueError(
+            f"a packed row of {segment_ids.shape[1]} tokens is longer than the model's "
+            f"sliding window of {window}: shorten responses (max_length)"
+        )
+    if config._attn_implementation == "sdpa":
+        return mask
+    if config._attn_implementation == "eager":
+        dtype = next(model.parameters()).dtype
+        return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    raise ValueError(
+        f"attention {config._attn_implementation!r} cannot take a per-response mask: "
+        "load the model with attn_implementation='sdpa' or 'eager'"
+    )
+
+
+class RankingScorer(nn.Module):
+    """A reward model read at the end of each packed response.
+
+    Everything trainable happens in `forward`, so DDP and autocast see all of it.
+    """
+
+    def __init__(self, reward_model: PreTrainedModel):
+        super().__init__()
+        self.reward_model = reward_model
+
+    @property
+    def config(self):
+        return self.reward_model.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        ends: Tensor,
+    ) -> Tensor:
+        """(B, T) packed rows and (B, K) `ends` → (B, K) scores, NaN where `ends` < 0."""
+        trunk = self.reward_model.base_model
+        hidden = trunk(
+            input_ids=input_ids,
+            attention_mask=attention_mask_for(trunk, segment_ids),
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        rows = torch.arange(len(ends), device=ends.device)[:, None]
+        scores = reward_head(self.reward_model, hidden[rows, ends.clamp(min=0)])
+        return scores.masked_fill(ends < 0, float("nan"))
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        self.reward_model.gradient_checkpointing_enable(**kwargs)
+
+
+def freeze_below(model: PreTrainedModel, num_layers_unfrozen: int | None) -> int:
+    """Freeze the embeddings and all but the last N layers; return how many are frozen.
+
+    The final norm and a head that is not tied to the embeddings stay trainable. None
+    trains everything. Raises ValueError outside 1 … L.
+    """
+    layers = model.base_model.layers
+    if num_layers_unfrozen is None:
+        return 0
+    if not 1 <= num_layers_unfrozen <= len(layers):
+        raise ValueError(
+            f"num_layers_unfrozen={num_layers_unfrozen}: this model has {len(layers)} "
+            "layers; give 1 to that many, or None for all parameters"
+        )
+    frozen = len(layers) - num_layers_unfrozen
+    for module in (model.get_input_embeddings(), *layers[:frozen]):
+        module.requires_grad_(False)
+    return frozen
+
+
+def split_trunk(
+    model: PreTrainedModel, num_layers_unfrozen: int
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two halves of a model's trunk: upper(inputs_embeds=lower(ids)) = the whole trunk.
+
+    Both halves share the original's layers (training one trains the other). Keep them out
+    of registered submodules, or their parameters would be saved twice. Raises ValueError
+    for an architecture whose halves do not reproduce the whole.
+    """
+    trunk = model.base_model
+    cut = len(trunk.layers) - num_layers_unfrozen
+    lower = _half(trunk, slice(0, cut), norm=nn.Identity())
+    upper = _half(trunk, slice(cut, None), embed_tokens=nn.Identity())
+    _verify_split(trunk, lower, upper)
+    return lower, upper
+
+
+def _half(trunk: PreTrainedModel, part: slice, **replaced: nn.Module):
+    """A shallow copy of `trunk` with only the layers of `part` and some modules replaced."""
+    half = copy.copy(trunk)
+    layers = nn.ModuleList(trunk.layers[part])
+    # A shallow copy shares this dict: changing it in place would cut the original.
+    half._modules = {**trunk._modules, **replaced, "layers": layers}
+    half.config = copy.deepcopy(trunk.config)
+    half.config.num_hidden_layers = len(half.layers)
+    half.config.use_cache = False
+    if getattr(trunk.config, "layer_types", None):
+        half.config.layer_types = trunk.config.layer_types[part]
+    return half
+
+
+def _verify_split(trunk, lower, upper) -> None:
+    """Raise ValueError unless the halves give the hidden states of the whole."""
+    config = trunk.config
+    length = (getattr(config, "sliding_window", None) or 8) + 4
+    device = trunk.get_input_embeddings().weight.device
+    ids = torch.arange(length, device=device)[None] % config.vocab_size
+    was_training = trunk.training
+    trunk.eval(), lower.eval(), upper.eval()
+    with torch.no_grad():
+        whole = trunk(ids, use_cache=False).last_hidden_state
+        middle = lower(ids).last_hidden_state
+        halves = upper(inputs_embeds=middle).last_hidden_state
+    trunk.train(was_training), lower.train(was_training), upper.train(was_training)
+    if not torch.allclose(whole, halves, rtol=1e-3, atol=1e-4):
+        gap = (whole - halves).abs().max().item()
+        raise ValueError(
+            f"{type(trunk).__name__} cannot be split into a frozen trunk and a top "
+            f"(hidden states differ by {gap:.2g})"
+        )
+
+
+def try_split_trunk(model: PreTrainedModel, num_layers_unfrozen: int | None):
+    """`split_trunk`, or None with a warning where the architecture does not allow it."""
+    if num_layers_unfrozen is None or num_layers_unfrozen >= len(
+        model.base_model.layers
+    ):
+        return None
+    try:
+        return split_trunk(model, num_layers_unfrozen)
+    except (ValueError, AttributeError) as error:
+        warnings.warn(f"no frozen-trunk split: {error}", stacklevel=2)
+        return None

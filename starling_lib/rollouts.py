@@ -1,0 +1,246 @@
+"""Sampling responses from a policy, with explicit masks and log-probabilities.
+
+Knows: prompts as messages, tokens, when a response ended. Does not know: what a reward
+means.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from starling_lib.models import inference
+
+Messages = list[dict[str, str]]
+
+
+@dataclass
+class Rollout:
+    """N sampled responses. P prompt and R response positions.
+
+    `response_mask` is True on every token the policy chose, its EOS included: an EOS that
+    is masked out (pad == EOS in the original code) is never learnt. `finished` is False
+    where the token limit cut the response.
+    """
+
+    prompts: list[Messages]
+    prompt_ids: Tensor  # (N, P) left-padded
+    prompt_mask: Tensor  # (N, P) bool
+    response_ids: Tensor  # (N, R) right-padded
+    response_mask: Tensor  # (N, R) bool
+    texts: list[str]  # response without its EOS
+    finished: Tensor  # (N,) bool
+    logprobs: Tensor | None = None  # (N, R) float32
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) response tokens, EOS included."""
+        return self.response_mask.sum(1)
+
+    def select(self, rows: Sequence[int] | Tensor) -> "Rollout":
+        """The same rollout restricted to (or reordered by) `rows`."""
+        rows = [int(row) for row in rows]
+        chosen = {
+            field.name: _take(getattr(self, field.name), rows)
+            for field in dataclasses.fields(self)
+        }
+        return Rollout(**chosen)
+
+
+def _take(values, rows: list[int]):
+    if values is None:
+        return None
+    return values[rows] if isinstance(values, Tensor) else [values[r] for r in rows]
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    max_length: int | None = None,
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant's reply begins.
+
+    One tokenisation of the rendered template, so no second BOS; with `max_length` the
+    oldest tokens go (left truncation, as Starling did).
+    """
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[-max_length:] if max_length else ids
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token lists → (N, P) ids and bool mask, padded on the left."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, True, padding_value=pad_id, padding_side="left")
+    ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return ids, pad_sequence(ones, True, padding_value=False, padding_side="left")
+
+
+def sample(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    samples: int = 1,
+    max_prompt_length: int | None = None,
+    progress: bool = False,
+) -> Rollout:
+    """Sample `samples` responses to each prompt (consecutive rows), repeatably.
+
+    The whole distribution is sampled (top_k = 0, top_p = 1): `generate` would otherwise
+    keep the 50 likeliest tokens, and log-probabilities from the full distribution would
+    no longer be those of the sampler. temperature = 0 is greedy. Prompts are batched by
+    length; rows come back in the order given. The global random state is left as it was.
+    """
+    prompts = [messages for messages in prompts for _ in range(samples)]
+    encoded = [encode_prompt(tokenizer, m, max_prompt_length) for m in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    responses: list[list[int]] = [[] for _ in prompts]
+    with torch.random.fork_rng(), inference(policy):
+        torch.manual_seed(seed)
+        for batch in tqdm(batches, "sampling", disable=not progress, leave=False):
+            rows = _generate(
+                policy,
+                tokenizer,
+                [encoded[i] for i in batch],
+                max_new_tokens,
+                temperature,
+            )
+            for i, row in zip(batch, rows, strict=True):
+                responses[i] = row
+    return _rollout(tokenizer, prompts, encoded, responses)
+
+
+def _generate(policy, tokenizer, encoded, max_new_tokens, temperature):
+    """One batch through `generate`; token lists cut after the first EOS."""
+    ids, mask = left_pad(encoded, tokenizer.pad_token_id)
+    ids, mask = ids.to(policy.device), mask.to(policy.device)
+    sampling = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+        sampling |= {"top_k": 0, "top_p": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = policy.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
+    rows = out[:, ids.shape[1] :].tolist()
+    return [_until(row, tokenizer.eos_token_id) for row in rows]
+
+
+def _until(ids: list[int], eos: int) -> list[int]:
+    return ids[: ids.index(eos) + 1] if eos in ids else ids
+
+
+def _rollout(tokenizer, prompts, encoded, responses) -> Rollout:
+    """Assemble padded tensors, texts and `finished` from token lists."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    finished = [row[-1] == eos for row in responses]
+    texts = tokenizer.batch_decode(
+        [
+            row[:-1] if ended else row
+            for row, ended in zip(responses, finished, strict=True)
+        ],
+        skip_special_tokens=True,
+    )
+    prompt_ids, prompt_mask = left_pad(encoded, pad)
+    rows = [torch.tensor(row) for row in responses]
+    return Rollout(
+        prompts=list(prompts),
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=pad_sequence(rows, True, padding_value=pad),
+        response_mask=pad_sequence(
+            [torch.ones_like(row, dtype=torch.bool) for row in rows], True
+        ),
+        texts=texts,
+        finished=torch.tensor(finished),
+    )
+
+
+def response_inputs(
+    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+) -> dict[str, Tensor]:
+    """Model inputs (N, P+R) for prompts followed by responses, positions from the mask."""
+    mask = torch.cat([prompt_mask, response_mask], 1)
+    return {
+        "input_ids": torch.cat([prompt_ids, response_ids], 1),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+def predicting_states(hidden: Tensor, response_mask: Tensor) -> Tensor:
+    """(N, P+R, H) hidden states → (tokens, H): the state before each response token.
+
+    Response token t is predicted at position P − 1 + t; prompts are left-padded, so that
+    P − 1 is every row's last prompt token. Only unmasked tokens are kept.
+    """
+    width = response_mask.shape[1]
+    return hidden[:, -width - 1 : -1][response_mask]
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens, V) logits and (tokens,) ids → log-prob and entropy (tokens,), in float32.
+
+    The entropy is for logging and carries no gradient.
+    """
+    logits = logits.float()
+    normaliser = logits.logsumexp(-1)
+    chosen = logits.gather(-1, ids[:, None]).squeeze(-1) - normaliser
+    with torch.no_grad():
+        entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
+    return chosen, entropy
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Inverse of x[mask]: (tokens,) → (N, R) with zeros elsewhere; keeps gradients."""
+    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+
+
+def sequence_logprobs(
+    policy: PreTrainedModel,
+    rollout: Rollout,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Tensor:
+    """(N, R) float32 log-probabilities of a rollout's tokens under any policy."""
+    out = torch.zeros(rollout.response_mask.shape)
+    starts = range(0, len(rollout), batch_size)
+    with inference(policy):
+        for i in tqdm(starts, "log-probs", disable=not progress, leave=False):
+            part = rollout.select(range(i, min(i + batch_size, len(rollout))))
+            out[i : i + batch_size] = _batch_logprobs(policy, part).cpu()
+    return out
+
+
+def _batch_logprobs(policy: PreTrainedModel, part: Rollout) -> Tensor:
+    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+    tensors = {name: getattr(part, name).to(policy.device) for name in names}
+    inputs = response_inputs(**tensors)
+    hidden = policy.base_model(**inputs, use_cache=False).last_hidden_state
+    mask = tensors["response_mask"]
+    logits = policy.get_output_embeddings()(predicting_states(hidden, mask))
+    logprobs, _ = token_logprobs(logits, tensors["response_ids"][mask])
+    return scatter(logprobs, mask)

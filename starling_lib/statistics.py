@@ -1,0 +1,134 @@
+"""Intervals, tests and agreement for paired and grouped samples.
+
+Knows numbers only: nothing of prompts, models or files. Every function is a thin layer
+over SciPy; what it adds is the resampling of whole groups, because four responses to
+one prompt are not four independent observations.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """An estimate with the ends of its confidence interval, in the data's own unit."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class PairedDifference(NamedTuple):
+    """Mean of a − b with its interval and the two-sided p-value of "no difference"."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    groups: Sequence | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of `statistic(values)` (Efron & Tibshirani, 1993).
+
+    `values` has shape (N,); `groups`, also (N,), names what each value belongs to
+    (a prompt, say), and whole groups are resampled together. With a single group
+    nothing can be said about the spread: `low` and `high` are NaN.
+    Raises ValueError when `values` is empty or `groups` has another length.
+    """
+    values = _vector(values)
+    members = _group_members(len(values), groups)
+    estimate = float(statistic(values))
+    if len(members) < 2:
+        return Interval(estimate, float("nan"), float("nan"))
+
+    def resampled(drawn: np.ndarray) -> float:
+        return statistic(values[np.concatenate([members[g] for g in drawn])])
+
+    result = stats.bootstrap(
+        (np.arange(len(members)),),
+        resampled,
+        vectorized=False,
+        n_resamples=resamples,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(estimate, float(result.low), float(result.high))
+
+
+def paired_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    groups: Sequence | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Mean of a − b over pairs, bootstrap interval, and a sign-flip permutation test.
+
+    `a` and `b` have shape (N,), measured on the same items. Under "no difference" the
+    sign of each pair's difference is arbitrary, so signs are flipped at random (all
+    2^G ways when that is no more than `resamples`); with `groups` the pairs of a group
+    keep one common sign. Raises ValueError on unequal lengths.
+    """
+    a, b = _vector(a), _vector(b)
+    if len(a) != len(b):
+        raise ValueError(f"paired samples differ in length: {len(a)} and {len(b)}")
+    difference = a - b
+    interval = bootstrap_interval(difference, np.mean, groups, level, resamples, seed)
+    sums = [difference[m].sum() for m in _group_members(len(difference), groups)]
+    test = stats.permutation_test(
+        (np.array(sums),),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    )
+    return PairedDifference(*interval, float(test.pvalue))
+
+
+def agreement(a: Sequence, b: Sequence) -> float:
+    """Share of items on which two judges give the same label (raw agreement, 0 to 1).
+
+    Raises ValueError on unequal lengths or nothing to compare.
+    """
+    if len(a) != len(b) or len(a) == 0:
+        raise ValueError(f"need two equally long, non-empty lists: {len(a)}, {len(b)}")
+    return float(np.mean([x == y for x, y in zip(a, b, strict=True)]))
+
+
+def kendall_tau(a: ArrayLike, b: ArrayLike) -> float:
+    """Kendall's τ-b between two sets of ranks or scores of the same items (−1 to 1).
+
+    Item i has rank a[i] with one judge and b[i] with the other; these are ranks by
+    item, not lists of items in order. NaN when one side ranks all items equal.
+    Raises ValueError on unequal lengths.
+    """
+    return float(stats.kendalltau(_vector(a), _vector(b)).statistic)
+
+
+def _vector(values: ArrayLike) -> np.ndarray:
+    vector = np.asarray(values, dtype=float)
+    if vector.ndim != 1 or vector.size == 0:
+        raise ValueError(f"need a non-empty list of numbers, got shape {vector.shape}")
+    return vector
+
+
+def _group_members(count: int, groups: Sequence | None) -> list[np.ndarray]:
+    """Indices of the values in each group; every value is its own group without."""
+    if groups is None:
+        return list(np.arange(count)[:, None])
+    if len(groups) != count:
+        raise ValueError(f"{count} values but {len(groups)} group labels")
+    _, codes = np.unique(np.asarray(groups), return_inverse=True)
+    return [np.flatnonzero(codes == g) for g in range(codes.max() + 1)]
