@@ -160,6 +160,14 @@ class OwnKernelManager(AsyncKernelManager):
         return KernelSpecManager(parent=self, kernel_dirs=[])
 
 
+class InterruptibleClient(NotebookClient):
+    """nbclient stops the kernel at Ctrl-C and again on leaving, where it then fails."""
+
+    async def _async_cleanup_kernel(self) -> None:
+        if self.km is not None:
+            await super()._async_cleanup_kernel()
+
+
 def available_cores() -> int:
     """Return the cores this process may use: CPU affinity and container quota."""
     try:
@@ -206,15 +214,15 @@ def execute(
     """
     clear_outputs(nb)
     started = iter(range(1, len(nb.cells) + 1))
-    client = NotebookClient(
+    client = InterruptibleClient(
         nb,
         timeout=None,
         kernel_name="python3",
         kernel_manager_class=OwnKernelManager,
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-        # The kernel would warn, on our terminal, that it listens without encryption.
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        # Or kernels warn, between our progress lines, that they listen unencrypted.
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         on_cell_execute=lambda cell, cell_index: on_cell(next(started)),
     )
     client.execute(env=dict(environment or kernel_environment()))
@@ -475,7 +483,7 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     seeds = sorted({str(seed) for seed in report["seeds"].values()})
     parts = [
         f"# Run of {report['started']}, preset {report['preset']}",
-        markdown_table(["notebook", "figure", "value"], figures),
+        markdown_table(["notebook", "figure", "value"], figures) if figures else "",
         markdown_table(["notebook", "status", "time", "budget"], times),
         "\n".join(f"Warning: {text}" for e in entries for text in warnings_of(e)),
         f"Seed: {', '.join(seeds) or 'none'}. Commit: {report['commit'] or 'unknown'}.",
@@ -533,6 +541,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     started = datetime.now()
     out = new_run_folder(options.out, started)
+    print(f"{len(paths)} notebooks, preset {options.preset}, into {out}", flush=True)
     report: dict[str, Any] = {
         "started": started.isoformat(" ", "seconds"),
         "preset": options.preset,
@@ -542,7 +551,7 @@ def main(arguments: list[str] | None = None) -> int:
         "notebooks": [],
     }
     failed = run_all(paths, plan, out, report, options.in_place)
-    print(f"\n{report_markdown(report)}\nEverything is in {out}")
+    print(f"\n{report_markdown(report)}", end="")
     return 1 if failed else 0
 
 

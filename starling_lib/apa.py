@@ -152,7 +152,6 @@ class APAConfig(TrainingArguments):
         default=1124, metadata={"help": "Prompt tokens; the oldest go."}
     )
     max_new_tokens: int = field(default=1024, metadata={"help": "Response tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Must be 1: see sample."})
     num_samples_kept: int = field(
         default=4, metadata={"help": "Responses an iteration kept in samples.jsonl."}
     )
@@ -260,6 +259,9 @@ class ActorCritic(nn.Module):
             return None
         return self._halves[0](**response_inputs(**tokens)).last_hidden_state
 
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        self.policy.gradient_checkpointing_enable(**kwargs)
+
     def forward(
         self,
         prompt_ids: Tensor,
@@ -294,6 +296,10 @@ class Reference:
         self.top = copy.deepcopy(top).requires_grad_(False).eval()
         trained = any(p.requires_grad for p in head.parameters())
         self.head = copy.deepcopy(head).requires_grad_(False) if trained else head
+
+    def to(self, device: torch.device) -> None:
+        self.top.to(device)
+        self.head.to(device)
 
     @torch.no_grad()
     def logprobs(
@@ -425,7 +431,7 @@ class APATrainer(WrappedModelTrainer):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False
-        self.reference.top.to(self.accelerator.device)
+        self.reference.to(self.accelerator.device)
         self.rewards.to(self.accelerator.device)
 
     # --- data
@@ -650,8 +656,8 @@ class APATrainer(WrappedModelTrainer):
         mask = inputs["response_mask"]
         moved = (out["logprobs"] - inputs["logprobs"]).detach().abs()
         figures = {
-            "policy_loss": policy,
-            "value_loss": value,
+            "policy_loss": policy.detach(),
+            "value_loss": value.detach(),
             "log_ratio": objectives.masked_mean(moved, mask),
             "gated": float(gated),
         }
@@ -757,7 +763,7 @@ class RewardSum:
 
     def __init__(self, functions, tokenizers, args: APAConfig):
         self.functions = functions if isinstance(functions, list) else [functions]
-        self.tokenizers = tokenizers or [None] * len(self.functions)
+        self.tokenizers = list(tokenizers or [None] * len(self.functions))
         self.weights = args.reward_weights or [1.0] * len(self.functions)
         if not len(self.functions) == len(self.tokenizers) == len(self.weights):
             raise ValueError(

@@ -97,7 +97,9 @@ class WrappedModelTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
         if resume_from_checkpoint is True:
-            found = newest_complete(self.args.output_dir)
+            # One process sets folders aside; the others then find them gone.
+            with self.accelerator.main_process_first():
+                found = newest_complete(self.args.output_dir)
             resume_from_checkpoint = str(found) if found else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -122,10 +124,17 @@ class WrappedModelTrainer(Trainer):
         for name, module in self.extra_state().items():
             load_model(module, str(folder / f"{name}.safetensors"))
 
+    def _load_best_model(self):
+        # Trainer's own loads with strict=False: no key of the inner model would match.
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.save_progress(Path(self.args.output_dir) / name)
+        folder = Path(self.args.output_dir) / name
+        if self.args.should_save:  # a folder of an earlier run is no longer complete
+            (folder / MARKER).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.save_progress(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_marker(Path(self.args.output_dir) / name)
+            write_marker(folder)

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, YELLOW, GREY, PALE = "#56B4E9", "#E69F00", "#666666", "#E8E8E8"
@@ -450,7 +450,7 @@ def interval_width(
     ax.plot(n, widths, "o-", color=BLUE, label="half-width measured")
     ax.plot(n, law, ":", color=GREY, label="1/√n through the last point")
     ax.axhline(difference, color=ORANGE, linestyle="--", label="gain observed")
-    ax.set(xlabel="prompts", ylabel="reward", ylim=(0, None))
+    ax.set(xlabel="prompts", ylabel="reward", ylim=(0, None), xticks=n)
     ax.legend()
     return figure
 
@@ -471,24 +471,30 @@ def error_by_judgments(errors: pd.DataFrame) -> Figure:
     for k in errors:
         ax.loglog(errors.index, errors[k], "o-", label=f"K = {k}")
     ax.set(xlabel="judgments asked for", ylabel="error of a pair's win rate")
+    ax.set_xticks(errors.index)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     ax.legend()
     return figure
 
 
 @styled
-def mean_rank_by_model(intervals: pd.DataFrame) -> Figure:
+def mean_rank_by_model(intervals: pd.DataFrame, responses: int = 7) -> Figure:
     """Mean rank of each model's responses with its interval, the best on top.
 
     Args:
         intervals: columns `estimate`, `low`, `high` (ranks from 1); index: the model.
+        responses: how many a ranking has; half-way is marked.
     """
     intervals = intervals.sort_values("estimate", ascending=False)
     figure = new_figure(height=0.6 + 0.32 * len(intervals))
     ax = figure.subplots()
     ends = intervals[["low", "high"]].sub(intervals.estimate, axis=0).abs().T
     ax.errorbar(intervals.estimate, intervals.index, xerr=ends, fmt="o", capsize=3)
-    ax.axvline((1 + len(intervals)) / 2, color=GREY, linestyle="--", linewidth=1.2)
-    ax.set(xlabel="mean rank (1 is best; dashed: no difference)")
+    ax.axvline((1 + responses) / 2, color=GREY, linestyle="--", linewidth=1.2)
+    ax.set(xlabel="mean rank (1 is best; dashed: the middle)")
     return figure
 
 
@@ -506,15 +512,17 @@ def position_bias(
     figure = new_figure(height=3.4)
     count = len(positions)
     panels = {"first_share": 1 / count, "mean_rank": (1 + count) / 2}
+    lines = list((others or {}).items())
     for ax, (column, fair) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         value = positions[column]
         ends = [value - positions[f"{column}_low"], positions[f"{column}_high"] - value]
         ax.errorbar(value.index, value, yerr=ends, fmt="o", capsize=3, label="this log")
-        for colour, (name, frame) in zip(CYCLE[1:], (others or {}).items(), strict=False):
+        for colour, (name, frame) in zip(CYCLE[1:], lines, strict=False):
             ax.plot(frame.index, frame[column], "s--", color=colour, label=name)
         _reference_line(ax, fair, "no bias")
         ax.set(xlabel="position shown", ylabel=column.replace("_", " "))
-    figure.axes[0].legend()
+    named = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -571,9 +579,10 @@ def length_by_rank(lengths: Mapping[str, Sequence[float]]) -> Figure:
         lengths: mean characters by rank, best first, under each set's name.
     """
     figure = new_figure()
-    panels = np.atleast_1d(figure.subplots(1, len(lengths)))
+    panels = np.atleast_1d(figure.subplots(1, len(lengths), sharey=True))
     for ax, colour, (name, means) in zip(panels, CYCLE, lengths.items(), strict=False):
-        ax.bar(range(1, len(means) + 1), means, color=colour)
+        places = range(1, len(means) + 1)
+        ax.bar(places, means, color=colour, tick_label=places)
         ax.set(xlabel="rank (1 is best)", title=name)
         ax.grid(axis="x", visible=False)
     panels[0].set(ylabel="mean characters")

@@ -12,14 +12,19 @@ Knows: token rows, masks, the layers of a model. Does not know: losses, text.
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from starling_lib.models import reward_head
 
 PROMPT, PADDING = 0, -1  # segment ids; responses are 1 … K
+SHARED_PREFIX = "shared_prefix"  # name under which transformers finds our attention
 
 
 def pack_ranking(
@@ -77,13 +82,17 @@ def attention_mask_for(model: PreTrainedModel, segment_ids: Tensor) -> Tensor:
     negative number. Raises ValueError for any other implementation and for rows longer
     than a sliding window (a 4-D mask would silently switch the window off).
     """
-    config, mask = model.config, segment_mask(segment_ids)
+    config = model.config
     window = getattr(config, "sliding_window", None)
     if window is not None and segment_ids.shape[1] > window:
         raise ValueError(
             f"a packed row of {segment_ids.shape[1]} tokens is longer than the model's "
             f"sliding window of {window}: shorten responses (max_length)"
         )
+    if config._attn_implementation == SHARED_PREFIX:
+        # Four dimensions tell transformers to build no mask; the layout says it all.
+        return segment_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    mask = segment_mask(segment_ids)
     if config._attn_implementation == "sdpa":
         return mask
     if config._attn_implementation == "eager":
@@ -95,15 +104,112 @@ def attention_mask_for(model: PreTrainedModel, segment_ids: Tensor) -> Tensor:
     )
 
 
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Where prompts and responses lie in packed rows; made once, used by every layer.
+
+    N is the longest response, P the longest prompt of the batch.
+    """
+
+    prompt_length: int  # P
+    gather: Tensor  # (B·K·N,) flat token of each response position
+    visible: Tensor  # (B, 1, N, P + N) bool: what a response token may attend to
+    restore: Tensor  # (B·T,) flat index of each token among prompts, then responses
+
+
+def prefix_layout(segment_ids: Tensor, ends: Tensor) -> PrefixLayout:
+    """Lay packed rows (B, T) with response `ends` (B, K; −1 = missing) out for attention.
+
+    Positions past a response's end point at its row's first token; causality keeps real
+    tokens from seeing them, and nothing reads their output.
+    """
+    (rows, width), device = segment_ids.shape, segment_ids.device
+    prompt = (segment_ids == PROMPT).sum(1)  # (B,)
+    last = torch.where(ends < 0, -1, ends)
+    first = torch.cat([prompt[:, None], last[:, :-1] + 1], 1)
+    length = torch.where(ends < 0, 0, last - first + 1)
+    longest, longest_prompt = int(length.max()), int(prompt.max())
+    steps = torch.arange(longest, device=device)
+    inside = steps < length[..., None]  # (B, K, N)
+    tokens = torch.where(inside, first[..., None] + steps, 0)
+    base = width * torch.arange(rows, device=device)
+    own = (steps[None, :] <= steps[:, None]).expand(rows, longest, longest)
+    shared = torch.arange(longest_prompt, device=device) < prompt[:, None]
+    shared = shared[:, None].expand(rows, longest, longest_prompt)
+    gather = (base[:, None, None] + tokens).view(-1)
+    start = longest_prompt * torch.arange(rows, device=device)[:, None]
+    in_prompt = torch.arange(width, device=device).clamp(max=longest_prompt - 1)
+    restore = (start + in_prompt).view(-1)
+    slots = rows * longest_prompt + torch.arange(inside.numel(), device=device)
+    restore[gather[inside.view(-1)]] = slots[inside.view(-1)]
+    visible = torch.cat([shared, own], -1)[:, None]
+    return PrefixLayout(longest_prompt, gather, visible, restore)
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: PrefixLayout | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of packed rows, segment by segment; without a layout, plain sdpa.
+
+    Prompts attend to themselves once; all responses of a batch attend to their prompt and
+    themselves in one call. Work grows with K·N·(P + N) and not with (P + K·N)².
+    """
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+    options = {"scale": kwargs.get("scaling"), "dropout_p": kwargs.get("dropout", 0.0)}
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    p, (rows, _, longest, _) = layout.prompt_length, layout.visible.shape
+    prompts = [x[:, :, :p] for x in (query, key, value)]
+    prompt_out = F.scaled_dot_product_attention(*prompts, is_causal=True, **options)
+    own = [_response_tokens(x, layout, rows, longest) for x in (query, key, value)]
+    responses = own[0].shape[0] // rows
+    keys, values = (
+        torch.cat([x.repeat_interleave(responses, 0), mine], 2)
+        for x, mine in zip(prompts[1:], own[1:], strict=True)
+    )
+    visible = layout.visible.repeat_interleave(responses, 0)
+    response_out = F.scaled_dot_product_attention(
+        own[0], keys, values, attn_mask=visible, **options
+    )
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (prompt_out, response_out)]
+    out = torch.cat(flat).index_select(0, layout.restore)
+    return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
+
+
+def _response_tokens(
+    x: Tensor, layout: PrefixLayout, rows: int, longest: int
+) -> Tensor:
+    """(B, H, T, D) → (B·K, H, N, D): every response as a row of its own."""
+    tokens = x.transpose(1, 2).flatten(0, 1).index_select(0, layout.gather)
+    return tokens.view(-1, longest, *tokens.shape[1:]).transpose(1, 2)
+
+
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
+
+
 class RankingScorer(nn.Module):
     """A reward model read at the end of each packed response.
 
-    Everything trainable happens in `forward`, so DDP and autocast see all of it.
+    Everything trainable happens in `forward`, so DDP and autocast see all of it. A model
+    loaded with sdpa attention is switched to `shared_prefix_attention`, which is sdpa for
+    every other use of the model; eager keeps a dense mask.
     """
 
     def __init__(self, reward_model: PreTrainedModel):
         super().__init__()
         self.reward_model = reward_model
+        if reward_model.config._attn_implementation == "sdpa":
+            reward_model.set_attn_implementation(SHARED_PREFIX)
 
     @property
     def config(self):
@@ -117,12 +223,15 @@ class RankingScorer(nn.Module):
         ends: Tensor,
     ) -> Tensor:
         """(B, T) packed rows and (B, K) `ends` → (B, K) scores, NaN where `ends` < 0."""
-        trunk = self.reward_model.base_model
+        trunk, layout = self.reward_model.base_model, {}
+        if self.config._attn_implementation == SHARED_PREFIX:
+            layout["layout"] = prefix_layout(segment_ids, ends)
         hidden = trunk(
             input_ids=input_ids,
             attention_mask=attention_mask_for(trunk, segment_ids),
             position_ids=position_ids,
             use_cache=False,
+            **layout,
         ).last_hidden_state
         rows = torch.arange(len(ends), device=ends.device)[:, None]
         scores = reward_head(self.reward_model, hidden[rows, ends.clamp(min=0)])
@@ -170,7 +279,7 @@ def split_trunk(
 
 
 def _half(trunk: PreTrainedModel, part: slice, **replaced: nn.Module):
-    """A shallow copy of `trunk` with only the layers of `part` and some modules replaced."""
+    """A shallow copy of `trunk`: only the layers of `part`, some modules replaced."""
     half = copy.copy(trunk)
     layers = nn.ModuleList(trunk.layers[part])
     # A shallow copy shares this dict: changing it in place would cut the original.

@@ -94,18 +94,20 @@ def reward_metrics(scores: Tensor, lengths: Tensor | None = None) -> dict[str, f
 
     `accuracy`: share of all pairs ordered right (a tie counts ½); `adjacent_accuracy`:
     of neighbouring ranks only (the original's figure); `top1`: the best response scores
-    highest; `kendall_tau`: mean over rows; `nll`: K-wise loss. With `lengths` (B, K) also
-    `longer_wins`: the accuracy of preferring the longer response, the baseline to beat.
+    highest (a tie of n counts 1/n); `kendall_tau`: mean over rows; `nll`: K-wise loss.
+    With `lengths` (B, K) also `longer_wins`: the accuracy of preferring the longer
+    response, the baseline to beat.
     """
     scores = torch.as_tensor(scores).double()
     mask = ~scores.isnan()
     wins, pairs, gap = _pair_wins(scores, mask)
     tau = (2 * wins.sum(1) - pairs.sum(1)) / pairs.sum(1).clamp(min=1)
-    best = scores.nan_to_num(-torch.inf).max(1)
+    known = scores.nan_to_num(-torch.inf)
+    best = known == known.amax(1, keepdim=True)
     metrics = {
         "accuracy": wins.sum() / pairs.sum(),
         "adjacent_accuracy": wins[:, gap == 1].sum() / pairs[:, gap == 1].sum(),
-        "top1": (scores[:, 0] >= best.values).double().mean(),
+        "top1": (best[:, 0] / best.sum(1)).double().mean(),
         "kendall_tau": tau.mean(),
         "nll": kwise_loss(scores.nan_to_num(0), mask),
     }
@@ -360,6 +362,7 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         """(rows, K) scores, best-ranked first, of raw rankings (default: eval set)."""
         rows = self.eval_dataset
         if dataset is not None:
+            self.responses = max(self.responses, _most_responses(dataset))
             rows = _encode_rows(dataset, self.processing_class, self.args.max_length)
         return torch.as_tensor(self.predict(rows).predictions)
 

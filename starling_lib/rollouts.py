@@ -4,16 +4,17 @@ Knows: prompts as messages, tokens, when a response ended. Does not know: what a
 means.
 """
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.models import inference
 
@@ -135,7 +136,7 @@ def _generate(policy, tokenizer, encoded, max_new_tokens, temperature):
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
         sampling |= {"top_k": 0, "top_p": 1.0}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _plain_generation(policy):
         warnings.simplefilter("ignore")
         out = policy.generate(
             input_ids=ids,
@@ -147,6 +148,21 @@ def _generate(policy, tokenizer, encoded, max_new_tokens, temperature):
         )
     rows = out[:, ids.shape[1] :].tolist()
     return [_until(row, tokenizer.eos_token_id) for row in rows]
+
+
+@contextlib.contextmanager
+def _plain_generation(policy: PreTrainedModel) -> Iterator[None]:
+    """Put the model's own generation settings away for the enclosed lines.
+
+    `generate` adds them to what it is given: a repetition penalty or a minimum length of
+    the published model would make the sampler another distribution than the policy.
+    """
+    published = policy.generation_config
+    policy.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        policy.generation_config = published
 
 
 def _until(ids: list[int], eos: int) -> list[int]:

@@ -46,16 +46,22 @@ def bootstrap_interval(
     Raises ValueError when `values` is empty or `groups` has another length.
     """
     values = _vector(values)
-    members = _group_members(len(values), groups)
+    codes = _group_codes(len(values), groups)
+    by_group = values[np.argsort(codes, kind="stable")]
+    sizes = np.bincount(codes)
+    starts = np.cumsum(sizes) - sizes
     estimate = float(statistic(values))
-    if len(members) < 2:
+    if len(sizes) < 2:
         return Interval(estimate, float("nan"), float("nan"))
 
     def resampled(drawn: np.ndarray) -> float:
-        return statistic(values[np.concatenate([members[g] for g in drawn])])
+        # Positions of all members of the drawn groups: each start, then one up.
+        length = sizes[drawn]
+        offset = np.repeat(starts[drawn] - np.cumsum(length) + length, length)
+        return statistic(by_group[offset + np.arange(len(offset))])
 
     result = stats.bootstrap(
-        (np.arange(len(members)),),
+        (np.arange(len(sizes)),),
         resampled,
         vectorized=False,
         n_resamples=resamples,
@@ -86,9 +92,9 @@ def paired_difference(
         raise ValueError(f"paired samples differ in length: {len(a)} and {len(b)}")
     difference = a - b
     interval = bootstrap_interval(difference, np.mean, groups, level, resamples, seed)
-    sums = [difference[m].sum() for m in _group_members(len(difference), groups)]
+    sums = np.bincount(_group_codes(len(a), groups), weights=difference)
     test = stats.permutation_test(
-        (np.array(sums),),
+        (sums,),
         np.sum,
         permutation_type="samples",
         n_resamples=resamples,
@@ -124,11 +130,10 @@ def _vector(values: ArrayLike) -> np.ndarray:
     return vector
 
 
-def _group_members(count: int, groups: Sequence | None) -> list[np.ndarray]:
-    """Indices of the values in each group; every value is its own group without."""
+def _group_codes(count: int, groups: Sequence | None) -> np.ndarray:
+    """The group of each value as a number from 0; without `groups`, one group each."""
     if groups is None:
-        return list(np.arange(count)[:, None])
+        return np.arange(count)
     if len(groups) != count:
         raise ValueError(f"{count} values but {len(groups)} group labels")
-    _, codes = np.unique(np.asarray(groups), return_inverse=True)
-    return [np.flatnonzero(codes == g) for g in range(codes.max() + 1)]
+    return np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,3 +11,56 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the development data set beside the repository")
     return folder
+
+
+# --- the random two-layer model; heavy imports wait until a test asks for it
+
+
+@pytest.fixture
+def fp32(monkeypatch) -> None:
+    """Compute in float32 whatever the machine is fast in: comparisons are tight."""
+    monkeypatch.setenv("STARLING_PRECISION", "fp32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from starling_lib.models import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def policy():
+    from starling_lib.models import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def _reward_model(tokenizer):
+    from starling_lib.models import load_reward_model
+
+    return load_reward_model("tiny", tokenizer)
+
+
+@pytest.fixture
+def reward_model(_reward_model):
+    """A fresh copy: training one test's model must not reach another's."""
+    return copy.deepcopy(_reward_model)
+
+
+@pytest.fixture(scope="session")
+def toy_rankings():
+    """Ten prompts, four responses of unequal length each: the more a's, the better."""
+    from datasets import Dataset
+
+    tails = ["aaaaaa", "aaa", "abbbb", "bb"]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{'x' * (i % 4)} say {i}"}],
+            "responses": [f"{i}{tail}" for tail in tails],
+            "finished": [True, i % 2 == 0, True, True],
+        }
+        for i in range(10)
+    ]
+    return Dataset.from_list(rows)

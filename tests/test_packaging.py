@@ -116,6 +116,11 @@ def test_our_files_name_no_machine():
                 assert not LOCAL_PATH.search(text), path
 
 
+def test_the_runner_offers_the_bundled_presets():
+    recipes = (ROOT / "starling_lib" / "recipes").glob("*.yaml")
+    assert {path.stem for path in recipes} == set(run.PRESETS)
+
+
 @pytest.mark.slow
 def test_an_installed_wheel_brings_its_data(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
@@ -125,9 +130,13 @@ def test_an_installed_wheel_brings_its_data(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    assert {
-        f"starling_lib/{p.name}" for p in (ROOT / "starling_lib").glob("*.py")
-    } <= names
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "starling_lib").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert "starling_lib/recipes/small.yaml" in package
+    assert package <= names
     bundled = {
         f"starling_lib/{path.relative_to(ROOT).as_posix()}"
         for path in (ROOT / "data").rglob("*")
@@ -192,15 +201,10 @@ def test_parameters_default_to_the_small_preset(path):
 
 @each_notebook
 def test_badges_open_this_very_notebook(path):
-    badges = re.findall(
-        r"colab\.research\.google\.com/[^)\s\"']+", read(path).cells[0].source
-    )
-    assert len(badges) == 1
-    assert re.fullmatch(
-        r"colab\.research\.google\.com/github/[\w-]+/starling-cookbook"
-        rf"/blob/main/notebooks/{re.escape(path.name)}",
-        badges[0],
-    )
+    colab = r"colab\.research\.google\.com/github/([\w-]+/[\w-]+)/blob/main/([^)\s]+)"
+    ((repository, file),) = re.findall(colab, read(path).cells[0].source)
+    assert repository.endswith("/starling-cookbook")
+    assert file == f"notebooks/{path.name}"
 
 
 @each_notebook

@@ -38,8 +38,10 @@ def evaluation(rewards, tokens, finished):
     )
 
 
-BEFORE = evaluation([0, 2, 4, 6], [10, 20, 30, 64], [True, True, True, False])
-AFTER = evaluation([2, 4, 3, 5], [12, 22, 64, 64], [True, True, False, False])
+ENDED = np.array([True, True, True, False, True, True])
+BEFORE = evaluation([0, 2, 4, 6, 7, 9], [10, 20, 30, 64, 40, 50], ENDED)
+CUT = np.array([False, False, True, True, False, False])
+AFTER = evaluation([2, 4, 3, 5, 9, 9], [12, 22, 64, 64, 41, 51], ~CUT)
 
 
 # --- reward
@@ -166,11 +168,12 @@ def test_resampled_means_counts_every_resample():
 def test_paired_rewards_places_prompts_and_counts_gains():
     left, right = plots.paired_rewards(BEFORE, AFTER).axes
     offsets = right.collections[0].get_offsets()
-    assert np.asarray(offsets).tolist() == [[1, 3], [5, 4]]
-    assert right.get_title("left") == "1 of 2 prompts above the diagonal"
-    assert [item.get_xdata()[0] for item in left.lines] == [3, 3.5]
+    assert np.asarray(offsets).tolist() == [[1, 3], [5, 4], [8, 9]]
+    assert right.get_title("left") == "2 of 3 prompts above the diagonal"
+    means = [item.get_xdata()[0] for item in left.lines]
+    assert means == pytest.approx([28 / 6, 32 / 6])
     counts = [patch.get_data().values.sum() for patch in left.patches]
-    assert counts == [4, 4], "every sample of both runs is counted"
+    assert counts == [6, 6], "every sample of both runs is counted"
 
 
 def test_forest_one_axis_a_metric_and_colour_by_zero():
@@ -199,16 +202,19 @@ def test_forest_of_no_change_at_all_keeps_a_readable_scale():
 
 def test_length_and_endings():
     left, right = plots.length_and_endings(BEFORE, AFTER).axes
-    assert [bar.get_height() for bar in right.patches] == [0.75, 0.5]
-    assert [item.get_xdata()[0] for item in left.lines] == [31, 40.5]
+    shares = [bar.get_height() for bar in right.patches]
+    assert shares == pytest.approx([5 / 6, 4 / 6])
+    means = [item.get_xdata()[0] for item in left.lines]
+    assert means == pytest.approx([214 / 6, 254 / 6])
     assert left.get_xlabel() == "tokens of a response"
 
 
 def test_reward_against_length_splits_cut_responses():
     left, right = plots.reward_against_length(BEFORE, AFTER).axes
-    assert left.get_title("left") == "before: ρ = +1.00"
+    assert left.get_title("left") == "before: ρ = +0.83"
     whole, cut = right.collections
-    assert np.asarray(whole.get_offsets()).tolist() == [[12, 2], [22, 4]]
+    ended = np.asarray(whole.get_offsets()).tolist()
+    assert ended == [[12, 2], [22, 4], [41, 9], [51, 9]]
     assert np.asarray(cut.get_offsets()).tolist() == [[64, 3], [64, 5]]
 
 

@@ -4,11 +4,15 @@ import io
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import run
 from nbclient.exceptions import CellExecutionError
@@ -386,3 +390,28 @@ def test_a_bad_request_runs_nothing(tmp_path, settings, message, capsys):
     assert run.main([*places, "--only", "01", *settings]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_reports_and_leaves_no_kernel(tmp_path, stop):
+    started = "import os, time\nopen('started', 'w').write(str(os.getpid()))"
+    write(tmp_path, "01_a", FIGURES, f"{started}\ntime.sleep(600)")
+    command = [sys.executable, run.__file__, "--notebooks", str(tmp_path)]
+    command += ["--out", str(tmp_path / "runs"), "--only", "01"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (marks := list(tmp_path.glob("runs/*/started"))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Kernel died (interrupted, or out of memory?)" in error
+    assert "Traceback" not in error
+    (entry,) = json.loads((marks[0].parent / "report.json").read_text())["notebooks"]
+    assert entry["status"] == "failed"
+    assert entry["figures"] == {"preset": "small", "twice_steps": 6}
+    assert not psutil.pid_exists(int(marks[0].read_text()))

@@ -1,0 +1,270 @@
+"""Presets as YAML, and the artefacts that the notebooks hand to each other.
+
+Knows: which sizes a preset runs at on this machine; how to make, keep and find a reward
+model or a tuned policy. Does not know: how any of it works inside.
+"""
+
+import dataclasses
+import hashlib
+import html
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from starling_lib import models
+from starling_lib.apa import APAConfig, APATrainer
+from starling_lib.checkpoints import MARKER, write_marker
+from starling_lib.rankings import data_path, load_rankings
+from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
+
+RECIPES = Path(__file__).with_suffix("")
+# Modules whose code decides the weights: a change in one makes artefacts anew.
+TRAINING_CODE = [
+    *("chat", "rankings", "models", "prefix", "rollouts"),
+    *("reward", "objectives", "apa"),
+]
+FIGURES_MIME = "application/vnd.starling.figures+json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One preset on this machine: what to load, and arguments for each stage."""
+
+    preset: str
+    model: str
+    data: str
+    seed: int
+    reward: dict[str, Any]
+    apa: dict[str, Any]
+    evaluation: dict[str, Any]
+    rows: int | None = None  # only the first rows of the training split
+    gflops: float = field(default=0.0, compare=False)  # what the probe measured
+    reduced: bool = field(default=False, compare=False)  # sizes of the slow machine
+
+    def rankings(self, split: str):
+        """The preset's rankings, cut to `rows` where the preset says so."""
+        dataset = load_rankings(self.data, split)
+        return dataset.select(range(min(self.rows or len(dataset), len(dataset))))
+
+    def reward_config(self, output_dir: Path | str, **overrides) -> KwiseRewardConfig:
+        """Arguments of the reward trainer, writing to `output_dir`."""
+        arguments = {"seed": self.seed, "save_steps": 10, "save_total_limit": 2}
+        arguments |= {"eval_strategy": "no", "output_dir": str(output_dir)}
+        return KwiseRewardConfig.for_this_machine(
+            **{**arguments, **self.reward, **overrides}
+        )
+
+    def apa_config(self, output_dir: Path | str, **overrides) -> APAConfig:
+        """Arguments of the policy trainer, writing to `output_dir`."""
+        arguments = {"seed": self.seed, "save_steps": 20, "save_total_limit": 2}
+        arguments |= {"output_dir": str(output_dir)}
+        rest = {**arguments, **self.apa, **overrides}
+        base = rest.pop("base")
+        if base not in ("starling", "paper"):
+            raise ValueError(f"apa.base={base!r}: choose 'starling' or 'paper'")
+        return getattr(APAConfig, base)(**rest)
+
+    def fingerprint(self, stage: str) -> str:
+        """Digest of model, data, code, precision and the settings up to `stage`."""
+        stages = {"reward_model": ["reward"], "tuned_policy": ["reward", "apa"]}[stage]
+        code = Path(__file__).parent
+        parts = {
+            "stage": stage,
+            "model": self.model,
+            "seed": self.seed,
+            "rows": self.rows,
+            "precision": models.precision(),
+            "settings": {name: getattr(self, name) for name in stages},
+            "data": _digest(_data_files(self.data)),
+            "code": _digest([code / f"{name}.py" for name in TRAINING_CODE]),
+        }
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _data_files(source: str) -> list[Path]:
+    """Files whose content the fingerprint covers; a hub id is covered by its name."""
+    path = data_path(source) if source == "nectar_mini" else Path(source)
+    if path.is_dir():
+        return sorted(path.glob("*.jsonl"))
+    return [path] if path.is_file() else []
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def load_settings(preset: str = "small", seed: int = 0, **overrides) -> Settings:
+    """Read `recipes/<preset>.yaml` (or a YAML file) and fit its sizes to this machine.
+
+    `overrides` replace whole top-level fields, or single keys by `stage={"key": value}`.
+    Raises ValueError for an unknown preset or field.
+    """
+    path = Path(preset)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{preset}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ValueError(
+            f"no preset {preset!r}: choose from {known}, or give a YAML file"
+        )
+    recipe = yaml.safe_load(path.read_text())
+    slow, slow_below = recipe.pop("slow", None), recipe.pop("slow_below", 0)
+    gflops = models.matmul_gflops() if slow else 0.0
+    reduced = bool(slow) and gflops < slow_below
+    for change in (slow if reduced else {}, overrides):
+        recipe = _merge(recipe, change)
+    known = {f.name for f in dataclasses.fields(Settings)}
+    if unknown := set(recipe) - known:
+        raise ValueError(
+            f"{path.name}: unknown field {sorted(unknown)}; known: {known}"
+        )
+    return Settings(
+        preset=path.stem, seed=seed, gflops=gflops, reduced=reduced, **recipe
+    )
+
+
+def _merge(recipe: dict, change: dict) -> dict:
+    """`recipe` with the keys of `change`; a stage's keys one by one."""
+    merged = dict(recipe)
+    for key, value in change.items():
+        stage = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if stage else value
+    return merged
+
+
+# --- artefacts
+
+
+def keep(
+    stage: str,
+    settings: Settings,
+    build: Callable[[Path], None],
+    expected: str = "",
+    fresh: bool = False,
+) -> Path:
+    """Return the folder of an artefact, calling `build(folder)` only if it is missing.
+
+    The folder's name holds the fingerprint of everything that decides its content. A
+    `build` that is killed finds what it left in the same folder and may resume. `fresh`
+    makes it anew; `expected` says in words how long that takes.
+    """
+    from filelock import FileLock
+
+    folder = models.cache_dir() / "artefacts" / f"{stage}-{settings.fingerprint(stage)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        if (folder / MARKER).exists():
+            print(f"{stage}: re-using {folder.name}, made with the same settings")
+            return folder
+        why = "resuming" if partial.exists() else "none yet for these settings"
+        print(f"{stage}: {why}: making it {expected}".rstrip(), flush=True)
+        partial.mkdir(exist_ok=True)
+        start = time.perf_counter()
+        build(partial)
+        (partial / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+        for checkpoint in partial.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        write_marker(partial)
+        partial.rename(folder)
+    return folder
+
+
+def save_trained(trainer, folder: Path) -> None:
+    """Save a trained model with the curves of its training."""
+    trainer.save_model(str(folder))
+    (folder / "log_history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def log_history(folder: Path) -> list[dict[str, float]]:
+    """The curves that `save_trained` kept: one dict a log, with `step`."""
+    return json.loads((folder / "log_history.json").read_text())
+
+
+def reward_model(settings: Settings, fresh: bool = False) -> Path:
+    """Folder of the preset's reward model, trained as in notebook 02 if missing."""
+
+    def build(folder: Path) -> None:
+        trainer = reward_trainer(settings, folder)
+        trainer.train(resume_from_checkpoint=True)
+        trainer.evaluate()
+        save_trained(trainer, folder)
+
+    return keep("reward_model", settings, build, "(about 3 minutes)", fresh)
+
+
+def reward_trainer(settings: Settings, folder: Path) -> KwiseRewardTrainer:
+    """The trainer of notebook 02."""
+    return KwiseRewardTrainer(
+        model=settings.model,
+        args=settings.reward_config(folder),
+        train_dataset=settings.rankings("train"),
+        eval_dataset=settings.rankings("test"),
+    )
+
+
+def tuned_policy(settings: Settings, fresh: bool = False) -> Path:
+    """Folder of the preset's tuned policy, trained as in notebook 03 if missing."""
+
+    def build(folder: Path) -> None:
+        trainer = apa_trainer(settings, folder)
+        trainer.train(resume_from_checkpoint=True)
+        save_trained(trainer, folder)
+
+    return keep("tuned_policy", settings, build, "(about 5 minutes)", fresh)
+
+
+def apa_trainer(settings: Settings, folder: Path) -> APATrainer:
+    """The trainer of notebook 03, with the reward model of notebook 02."""
+    reward_dir = reward_model(settings)
+    return APATrainer(
+        model=settings.model,
+        reward_funcs=models.load_reward_model(reward_dir),
+        args=settings.apa_config(folder),
+        train_dataset=settings.rankings("train"),
+        reward_processing_classes=[models.load_tokenizer(reward_dir)],
+    )
+
+
+# --- figures for the report
+
+
+class KeyFigures:
+    """A notebook's key figures: a table for readers, JSON for the run's report."""
+
+    def __init__(self, notebook: str, figures: dict[str, Any]):
+        self.notebook = notebook
+        self.figures = {name: _plain(value) for name, value in figures.items()}
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(_show(value))}</td></tr>"
+            for name, value in self.figures.items()
+        )
+        lines = [f"{name}: {_show(value)}" for name, value in self.figures.items()]
+        return {
+            "text/plain": "\n".join(lines),
+            "text/html": f"<table>{rows}</table>",
+            FIGURES_MIME: {"notebook": self.notebook, "figures": self.figures},
+        }
+
+
+def _plain(value: Any) -> Any:
+    """numpy and torch scalars as Python numbers."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

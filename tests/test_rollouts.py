@@ -1,0 +1,295 @@
+"""Sampling, masks and log-probabilities against unpadded forwards and known samplers."""
+
+import copy
+
+import pytest
+import torch
+from scipy import stats
+from transformers import GenerationConfig
+
+from starling_lib.rollouts import (
+    Rollout,
+    encode_prompt,
+    left_pad,
+    predicting_states,
+    response_inputs,
+    sample,
+    scatter,
+    sequence_logprobs,
+    token_logprobs,
+)
+
+pytestmark = pytest.mark.usefixtures("fp32")
+
+EOS, PAD = 2, 0
+PROMPTS = [
+    [{"role": "user", "content": text}]
+    for text in ("a rather long question of mine", "hi", "what now?", "and then?")
+]
+
+
+def with_logits(policy, logits):
+    """The policy with the same next-token logits everywhere."""
+    policy.lm_head.register_forward_hook(
+        lambda module, args, out: logits.to(out).expand_as(out)
+    )
+    return policy
+
+
+def scripted(policy, rows, monkeypatch):
+    """The policy with a `generate` that appends `rows` to its prompts."""
+
+    def generate(input_ids, **kwargs):
+        return torch.cat([input_ids, torch.tensor(rows)], 1)
+
+    monkeypatch.setattr(policy, "generate", generate)
+    return policy
+
+
+# --- prompts
+
+
+def test_encode_prompt_ends_where_the_reply_begins(tokenizer):
+    ids = encode_prompt(tokenizer, PROMPTS[1])
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == text
+    assert encode_prompt(tokenizer, PROMPTS[1], max_length=5) == ids[-5:]
+    assert encode_prompt(tokenizer, PROMPTS[1], max_length=500) == ids
+
+
+def test_encode_prompt_adds_no_second_bos(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    expected = tokenizer.apply_chat_template(
+        PROMPTS[1], add_generation_prompt=True, return_dict=False
+    )
+    ids = encode_prompt(tokenizer, PROMPTS[1])
+    assert ids == expected and ids[:2] == [tokenizer.bos_token_id] * 2  # BOS, then mark
+
+
+def test_left_pad_by_hand():
+    ids, mask = left_pad([[5, 6, 7], [8]], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+# --- sampling
+
+
+def test_sampling_is_repeatable_and_leaves_the_random_state_alone(policy, tokenizer):
+    policy.train()
+    before = torch.get_rng_state()
+    first = sample(policy, tokenizer, PROMPTS, max_new_tokens=6, seed=5)
+    assert torch.equal(torch.get_rng_state(), before) and policy.training
+    torch.rand(3)
+    again = sample(policy, tokenizer, PROMPTS, max_new_tokens=6, seed=5)
+    other = sample(policy, tokenizer, PROMPTS, max_new_tokens=6, seed=6)
+    assert torch.equal(first.response_ids, again.response_ids)
+    assert not torch.equal(first.response_ids, other.response_ids)
+
+
+def test_greedy_rows_are_those_of_each_prompt_alone_in_the_order_given(
+    policy, tokenizer
+):
+    for weight in policy.model.layers.parameters():
+        weight.data *= 8  # as drawn, the model only repeats its last token
+    arguments = {"max_new_tokens": 6, "temperature": 0}
+    together = sample(policy, tokenizer, PROMPTS, batch_size=3, **arguments)
+    for i, prompt in enumerate(PROMPTS):
+        alone = sample(policy, tokenizer, [prompt], **arguments)
+        assert together.prompts[i] == prompt
+        assert together.texts[i] == alone.texts[0]
+        ids = together.prompt_ids[i][together.prompt_mask[i]].tolist()
+        assert ids == encode_prompt(tokenizer, prompt)
+    assert len(set(together.texts)) == 4
+
+
+def test_samples_of_a_prompt_are_consecutive_and_differ(policy, tokenizer):
+    rollout = sample(policy, tokenizer, PROMPTS[:2], samples=3, max_new_tokens=6)
+    assert rollout.prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    assert len(rollout) == len(set(rollout.texts)) == 6
+
+
+def test_the_whole_distribution_is_sampled(policy, tokenizer):
+    """259 tokens with a long tail: `generate` by default would keep the first 50."""
+    logits = -torch.arange(259.0) / 60
+    rollout = sample(
+        with_logits(policy, logits),
+        tokenizer,
+        [PROMPTS[1]],
+        samples=3000,
+        batch_size=3000,
+        max_new_tokens=1,
+    )
+    counts = torch.bincount(rollout.response_ids[:, 0], minlength=259)
+    expected = 3000 * logits.double().softmax(0)
+    groups = counts.view(37, 7).sum(1), expected.view(37, 7).sum(1)
+    assert stats.chisquare(*groups).pvalue > 0.01
+    assert counts[50:].sum() == pytest.approx(expected[50:].sum().item(), rel=0.05)
+
+
+def test_temperature_sharpens_and_zero_is_greedy(policy, tokenizer):
+    logits = torch.full((259,), -1e4)
+    logits[[70, 80]] = torch.tensor([1.0, 0.0])
+    policy = with_logits(policy, logits)
+
+    def share(temperature):
+        rollout = sample(
+            policy,
+            tokenizer,
+            [PROMPTS[1]],
+            samples=1000,
+            batch_size=1000,
+            max_new_tokens=1,
+            temperature=temperature,
+        )
+        return (rollout.response_ids == 70).float().mean().item()
+
+    for temperature in (1.0, 0.5):
+        exact = torch.tensor(1 / temperature).sigmoid().item()
+        assert share(temperature) == pytest.approx(exact, abs=0.04)
+    assert share(0) == 1
+
+
+def test_generation_settings_of_a_published_model_are_ignored(policy, tokenizer):
+    plain = sample(policy, tokenizer, PROMPTS, max_new_tokens=8)
+    published = GenerationConfig(
+        repetition_penalty=5.0,
+        top_k=3,
+        top_p=0.5,
+        temperature=0.3,
+        min_new_tokens=8,
+        suppress_tokens=list(range(20, 200)),
+        do_sample=True,
+    )
+    policy.generation_config = published
+    again = sample(policy, tokenizer, PROMPTS, max_new_tokens=8)
+    assert torch.equal(plain.response_ids, again.response_ids)
+    assert policy.generation_config is published
+
+
+# --- masks and endings
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
+def test_the_mask_includes_eos_whatever_pads(policy, tokenizer, pad, monkeypatch):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad
+    fill = tokenizer.pad_token_id
+    rows = [[70, 71, EOS, fill], [EOS, fill, fill, fill], [70, 71, 72, 73]]
+    policy = scripted(policy, rows, monkeypatch)
+    prompts = [PROMPTS[1]] * 3  # of one length, so that rows keep their order
+    rollout = sample(policy, tokenizer, prompts)
+    assert rollout.lengths.tolist() == [3, 1, 4]
+    assert rollout.response_mask.tolist() == [
+        [True, True, True, False],
+        [True, False, False, False],
+        [True] * 4,
+    ]
+    assert rollout.finished.tolist() == [True, True, False]
+    texts = [tokenizer.decode(ids) for ids in ([70, 71], [], [70, 71, 72, 73])]
+    assert rollout.texts == texts
+
+
+def test_a_sampled_pad_token_is_a_choice_of_the_policy(policy, tokenizer, monkeypatch):
+    policy = scripted(policy, [[70, PAD, 71, EOS], [PAD, PAD, PAD, PAD]], monkeypatch)
+    rollout = sample(policy, tokenizer, [PROMPTS[1]] * 2)
+    assert rollout.lengths.tolist() == [4, 4]
+    assert rollout.finished.tolist() == [True, False]
+
+
+def test_a_short_batch_is_padded_to_the_longest(policy, tokenizer, monkeypatch):
+    policy = scripted(policy, [[EOS]], monkeypatch)
+    one = sample(policy, tokenizer, [PROMPTS[1]] * 2, batch_size=1)
+    assert one.response_ids.tolist() == [[EOS], [EOS]]
+    assert one.texts == ["", ""]
+
+
+def test_select_keeps_fields_together(policy, tokenizer):
+    rollout = sample(policy, tokenizer, PROMPTS, max_new_tokens=5)
+    rollout.logprobs = sequence_logprobs(policy, rollout)
+    part = rollout.select(torch.tensor([2, 0]))
+    assert part.prompts == [PROMPTS[2], PROMPTS[0]]
+    assert part.texts == [rollout.texts[2], rollout.texts[0]]
+    for name in ("prompt_ids", "response_mask", "finished", "logprobs"):
+        assert torch.equal(getattr(part, name), getattr(rollout, name)[[2, 0]])
+
+
+# --- log-probabilities
+
+
+def known_rollout():
+    """Three responses of 3, 1 and 4 tokens behind prompts of 2, 5 and 1."""
+    prompts, responses = (
+        [[5, 6], [7, 8, 9, 10, 11], [12]],
+        [[20, 21, EOS], [EOS], [22, PAD, 23, 24]],
+    )
+    prompt_ids, prompt_mask = left_pad(prompts, PAD)
+    right, right_mask = left_pad([r[::-1] for r in responses], PAD)
+    rollout = Rollout(
+        prompts=[PROMPTS[0]] * 3,
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=right.flip(1),
+        response_mask=right_mask.flip(1),
+        texts=["", "", ""],
+        finished=torch.tensor([True, True, False]),
+    )
+    return rollout, prompts, responses
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_sequence_logprobs_are_those_of_unpadded_forwards(policy, batch_size):
+    rollout, prompts, responses = known_rollout()
+    logprobs = sequence_logprobs(policy, rollout, batch_size=batch_size)
+    assert logprobs.dtype == torch.float32 and logprobs.shape == (3, 4)
+    assert (logprobs[~rollout.response_mask] == 0).all()
+    for row, prompt, response in zip(logprobs, prompts, responses, strict=True):
+        logits = policy(torch.tensor([prompt + response])).logits[0]
+        log_softmax = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = [log_softmax[t, token].item() for t, token in enumerate(response)]
+        assert row[: len(response)].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_logprobs_of_greedy_tokens_are_the_largest(policy, tokenizer):
+    rollout = sample(policy, tokenizer, PROMPTS, max_new_tokens=4, temperature=0)
+    greedy = sequence_logprobs(policy, rollout)
+    rollout.response_ids = (rollout.response_ids + 1) % 259
+    other = sequence_logprobs(policy, rollout)
+    assert (greedy[:, 0] > other[:, 0]).all()  # later tokens have other contexts
+
+
+def test_token_logprobs_and_entropy():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    ids = torch.arange(6)
+    logprobs, entropy = token_logprobs(logits.bfloat16(), ids)
+    reference = torch.distributions.Categorical(logits=logits.bfloat16().float())
+    assert torch.allclose(logprobs, reference.log_prob(ids), atol=1e-6)
+    assert torch.allclose(entropy, reference.entropy(), atol=1e-6)
+    assert logprobs.dtype == torch.float32
+    assert logprobs.requires_grad and not entropy.requires_grad
+
+
+def test_states_that_predict_the_response():
+    positions = torch.arange(7.0).repeat(2, 1)[..., None]  # P = 4, R = 3
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    assert predicting_states(positions, mask).squeeze(-1).tolist() == [3, 4, 5, 3]
+
+
+def test_scatter_inverts_masking_and_keeps_gradients():
+    mask = torch.tensor([[True, False], [True, True]])
+    values = torch.tensor([1.0, 2, 3], requires_grad=True)
+    spread = scatter(values, mask)
+    assert spread.tolist() == [[1, 0], [2, 3]]
+    (spread * torch.tensor([[1.0, 10], [100, 1000]])).sum().backward()
+    assert values.grad.tolist() == [1, 100, 1000]
+
+
+def test_response_inputs_positions_follow_the_mask():
+    rollout, *_ = known_rollout()
+    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+    inputs = response_inputs(**{n: getattr(rollout, n) for n in names})
+    assert inputs["attention_mask"][0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 0]
+    assert inputs["position_ids"][0, 3:8].tolist() == [0, 1, 2, 3, 4]
+    assert (inputs["position_ids"] >= 0).all()
