@@ -86,7 +86,9 @@ class APAConfig(TrainingArguments):
     per_device_train_batch_size: int = field(
         default=4, metadata={"help": "Responses in a minibatch."}
     )
-    logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
+    logging_steps: float = field(
+        default=0, metadata={"help": "Steps between logs; 0: once an iteration."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False."}
     )
@@ -175,6 +177,7 @@ class APAConfig(TrainingArguments):
                 f"rollout_batch_size={self.rollout_batch_size} is no multiple of "
                 f"per_device_train_batch_size × gradient_accumulation_steps = {update}"
             )
+        self.logging_steps = self.logging_steps or self.updates_per_iteration
         super().__post_init__()
         check_arguments(self)
 
@@ -275,6 +278,13 @@ class ActorCritic(nn.Module):
         The value of token t is read where t is predicted: before it is known.
         """
         inputs = response_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+        if trunk_states is None:
+            trunk_states = self.trunk_states(
+                prompt_ids=prompt_ids,
+                prompt_mask=prompt_mask,
+                response_ids=response_ids,
+                response_mask=response_mask,
+            )
         states = top_states(self._top, inputs, trunk_states)
         states = predicting_states(states, response_mask)
         logits = self.policy.get_output_embeddings()(states)

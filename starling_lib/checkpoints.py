@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from starling_lib.models import precision_arguments
+from starling_lib.models import precision_arguments, quiet
 
 MARKER = "COMPLETE"
 
@@ -109,7 +109,8 @@ class WrappedModelTrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = Path(output_dir or self.args.output_dir)
-        self.inner_model().save_pretrained(output_dir)
+        with quiet():
+            self.inner_model().save_pretrained(output_dir)
         for name, module in self.extra_state().items():
             save_model(module, str(output_dir / f"{name}.safetensors"))
         if self.processing_class is not None:
@@ -119,7 +120,8 @@ class WrappedModelTrainer(Trainer):
         from safetensors.torch import load_model
 
         folder, inner = Path(resume_from_checkpoint), self.inner_model()
-        loaded = type(inner).from_pretrained(folder, dtype=inner.dtype)
+        with quiet():
+            loaded = type(inner).from_pretrained(folder, dtype=inner.dtype)
         inner.load_state_dict(loaded.state_dict())
         for name, module in self.extra_state().items():
             load_model(module, str(folder / f"{name}.safetensors"))

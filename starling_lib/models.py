@@ -112,6 +112,22 @@ def matmul_gflops(size: int = 1024, seconds: float = 1.0) -> float:
     return 2 * size**3 / best / 1e9
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' loading reports and bars for the enclosed lines."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 # --- the bundled model
 
 
@@ -174,7 +190,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # Without this the saved config still claims quantised weights in a temporary folder.
     model.is_quantized, model.hf_quantizer = False, None
     if hasattr(model.config, "quantization_config"):
@@ -189,7 +206,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -272,7 +290,8 @@ def load_policy(
     """Load a causal language model by alias, hub id or folder, in evaluation mode."""
     if str(name) == TINY_ALIAS:
         return tiny_model().to(dtype)
-    return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype).eval()
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype).eval()
 
 
 def load_tokenizer(name: str | os.PathLike = BUNDLED_ALIAS) -> PreTrainedTokenizerBase:
@@ -305,27 +324,29 @@ def load_reward_model(
     has several labels.
     """
     tokenizer = tokenizer or load_tokenizer(name)
-    kind = {"num_labels": 1, "problem_type": "regression", "dtype": torch.float32}
-    kind |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    kind = {"num_labels": 1, "problem_type": "regression"}
+    loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if str(name) == TINY_ALIAS:
-        with tempfile.TemporaryDirectory() as folder:
-            tiny_model(seed).save_pretrained(folder)
-            model = load_reward_model(folder, tokenizer, seed)
-        model.config._name_or_path = TINY_ALIAS  # the folder is gone
-        return model
-    with _quiet():  # a new head is reported as missing weights, at length
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            resolve(name), **kind
-        )
-    if loaded["mismatched_keys"]:
-        raise ValueError(
-            f"{name}: the saved head does not give one score; a reward model has one label"
-        )
-    head = model.score.weight
-    if any(key.startswith("score") for key in loaded["missing_keys"]):
-        draw = torch.Generator().manual_seed(seed)
-        values = torch.randn(head.shape, generator=draw) / (head.shape[-1] + 1) ** 0.5
-        head.data.copy_(values)
+        policy = tiny_model(seed)
+        policy.config.update(kind)
+        with torch.random.fork_rng():
+            model = AutoModelForSequenceClassification.from_config(policy.config)
+        new_head = True
+        model.base_model.load_state_dict(policy.base_model.state_dict())
+    else:
+        with quiet():  # a new head is reported as missing weights, at length
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                resolve(name), dtype=torch.float32, **loading, **kind
+            )
+        if loaded["mismatched_keys"]:
+            raise ValueError(
+                f"{name}: the saved head does not give one score, as a reward model's must"
+            )
+        new_head = any(key.startswith("score") for key in loaded["missing_keys"])
+    if new_head:
+        draw, shape = torch.Generator().manual_seed(seed), model.score.weight.shape
+        head = torch.randn(shape, generator=draw) / (shape[-1] + 1) ** 0.5
+        model.score.weight.data.copy_(head)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
 
@@ -357,19 +378,6 @@ class ValueHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             inner = torch.relu(self.inner(hidden.to(self.inner.weight.dtype)))
             return self.outer(inner).squeeze(-1).float()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' loading reports for the enclosed lines."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

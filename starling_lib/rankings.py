@@ -109,7 +109,7 @@ def load_rankings(
     checked = Features(
         {**RANKING_FEATURES, "problem": Value("string"), "copies": Value("int64")}
     )
-    table = _map(rows, read, features=checked, with_indices=True)
+    table = map_rows(rows, read, features=checked, with_indices=True)
     if isinstance(table, Dataset):
         _warn_of_copies(table["copies"], duplicates)
         table = _set_aside(table)
@@ -176,8 +176,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield {"line": number, "jsonl": text}
 
 
-def _map(table: Dataset | IterableDataset, function, **options):
-    """`table.map` replacing all columns, the same for a table and a stream."""
+def map_rows(table: Dataset | IterableDataset, function, **options):
+    """`table.map` replacing all columns, the same for a table and a stream.
+
+    Uncached, and with a progress bar only from 10,000 rows on.
+    """
     columns = table.column_names or list(next(iter(table)))
     if isinstance(table, IterableDataset):
         return table.map(function, remove_columns=columns, **options)
@@ -456,7 +459,7 @@ def to_preference_pairs(
     elif pairs < 1:
         raise ValueError(f"pairs={pairs}: expected at least one pair a row")
     expand = partial(_expand_rows, pairs=pairs, seed=seed)
-    return _map(
+    return map_rows(
         dataset, expand, features=PAIR_FEATURES, batched=True, with_indices=True
     )
 

@@ -10,6 +10,7 @@ import html
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,10 @@ class Settings:
 
     def rankings(self, split: str):
         """The preset's rankings, cut to `rows` where the preset says so."""
-        dataset = load_rankings(self.data, split)
+        with warnings.catch_warnings():
+            # Said once, by whoever loads the set to look at it (notebook 01).
+            warnings.filterwarnings("ignore", ".*identical answers")
+            dataset = load_rankings(self.data, split)
         return dataset.select(range(min(self.rows or len(dataset), len(dataset))))
 
     def reward_config(self, output_dir: Path | str, **overrides) -> KwiseRewardConfig:

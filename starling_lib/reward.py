@@ -32,6 +32,7 @@ from starling_lib.prefix import (
     pack_ranking,
     stack_rankings,
 )
+from starling_lib.rankings import map_rows
 from starling_lib.rollouts import Messages, encode_prompt
 
 # --- losses: scores are (B, K), best first; False in `mask` means "no such response"
@@ -72,7 +73,7 @@ def _suffix_logsumexp(scores: Tensor, mask: Tensor) -> Tensor:
     `logcumsumexp` runs from the left, so flip, run, flip back: without the flips it sums
     over the better responses and the likelihood is wrong.
     """
-    lowest = torch.finfo(scores.dtype).min / 4  # -inf would make NaN gradients
+    lowest = torch.finfo(scores.dtype).min / 4  # −inf − (−inf) is NaN
     filled = torch.where(mask, scores, lowest)
     return filled.flip(-1).logcumsumexp(-1).flip(-1)
 
@@ -377,14 +378,13 @@ def _encode_rows(dataset: Dataset | None, tokenizer, max_length: int) -> Dataset
     """Packed rows of a ranking set; rows with fewer than two responses are left out."""
     if dataset is None:
         return None
-    rows = dataset.map(
-        encode_ranking,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
-        remove_columns=dataset.column_names,
-        desc="encoding rankings",
+    options = {"tokenizer": tokenizer, "max_length": max_length}
+    rows = map_rows(
+        dataset, encode_ranking, fn_kwargs=options, desc="encoding rankings"
     )
-    kept = rows.filter(lambda ends: len(ends) > 1, input_columns="ends")
+    kept = [i for i, ends in enumerate(rows["ends"]) if len(ends) > 1]
     if len(kept) < len(rows):
         lost = len(rows) - len(kept)
         warnings.warn(f"{lost} rows rank a single response: left out", stacklevel=3)
-    return kept
+        rows = rows.select(kept)
+    return rows

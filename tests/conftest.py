@@ -1,7 +1,11 @@
 import copy
+import os
 from pathlib import Path
 
 import pytest
+
+# Threads wait for each other longer than a tiny model's matrices take: 10 × slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +53,10 @@ def reward_model(_reward_model):
     return copy.deepcopy(_reward_model)
 
 
-@pytest.fixture(scope="session")
-def toy_rankings():
+def toy_rows() -> list[dict]:
     """Ten prompts, four responses of unequal length each: the more a's, the better."""
-    from datasets import Dataset
-
     tails = ["aaaaaa", "aaa", "abbbb", "bb"]
-    rows = [
+    return [
         {
             "prompt": [{"role": "user", "content": f"{'x' * (i % 4)} say {i}"}],
             "responses": [f"{i}{tail}" for tail in tails],
@@ -63,4 +64,10 @@ def toy_rankings():
         }
         for i in range(10)
     ]
-    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="session")
+def toy_rankings():
+    from datasets import Dataset
+
+    return Dataset.from_list(toy_rows())

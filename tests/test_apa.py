@@ -1,0 +1,719 @@
+"""APA's trainer against loops over plain forwards; experience, resuming, errors."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from starling_lib.apa import (
+    ActorCritic,
+    APAConfig,
+    APATrainer,
+    PromptBlocks,
+    RunningMoments,
+    checked_scores,
+    token_rewards,
+)
+from starling_lib.models import ValueHead, tiny_model
+from starling_lib.reward import score_responses
+from starling_lib.rollouts import left_pad, sample, sequence_logprobs
+
+pytestmark = pytest.mark.usefixtures("fp32")
+
+PROMPTS = Dataset.from_list(
+    [
+        {
+            "prompt": [{"role": "user", "content": f"{'z' * (i % 3)} go {i}"}],
+            "number": i,
+        }
+        for i in range(12)
+    ]
+)
+TOKENS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+
+
+def lower_case(prompts, completions, **columns):
+    """Share of lower-case letters: easy to learn, far from constant."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(c.islower() for c in text) / max(len(text), 1) for text in texts]
+
+
+def config(folder, base="starling", **changes) -> APAConfig:
+    arguments = {
+        "output_dir": str(folder),
+        "rollout_batch_size": 8,
+        "per_device_train_batch_size": 4,
+        "max_new_tokens": 6,
+        "num_layers_unfrozen": 1,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "value_gate": None,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return getattr(APAConfig, base)(**{**arguments, **changes})
+
+
+def make_trainer(folder, tokenizer, reward=lower_case, prompts=PROMPTS, **changes):
+    base = changes.pop("base", "starling")
+    extra = {k: changes.pop(k) for k in ("value_model", "eval_dataset") if k in changes}
+    return APATrainer(
+        tiny_model(),
+        reward,
+        config(folder, base, **changes),
+        prompts,
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+class OnFirstStep(TrainerCallback):
+    """Keep the first gradient, and with it the experience it was made from."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == 0:
+            named = model.named_parameters()
+            self.gradient = {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+# --- what is optimised, from plain unpadded forwards
+
+
+def row_outputs(policy, head, experience, row):
+    """(T,) log-probabilities and values of one response, from a forward of its own."""
+    prompt = experience["prompt_ids"][row][experience["prompt_mask"][row]]
+    response = experience["response_ids"][row][experience["response_mask"][row]]
+    ids = torch.cat([prompt, response])[None]
+    states = policy.model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+    logprobs = policy.lm_head(states).log_softmax(-1)
+    return logprobs[torch.arange(len(response)), response], head(states)
+
+
+def apa_gradient_by_hand(ranks, apa_lambda=0.1, rows=4):
+    """First gradient of a run at its anchor, from the experience of each process.
+
+    mean over all tokens of (log π − log π₀ − A/λ)² + ½(V − R)², minibatch rows being the
+    first of each rank's own order; V starts at 0.
+    """
+    policy = tiny_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(42)  # TrainingArguments' seed: the critic's first weights
+        head = ValueHead(64)
+    loss, tokens = 0.0, 0
+    for rank, experience in enumerate(ranks):
+        key = np.random.SeedSequence((42, 0, rank, 1)).generate_state(1)[0]
+        order = torch.randperm(
+            len(experience["response_ids"]),
+            generator=torch.Generator().manual_seed(int(key)),
+        )
+        for row in order[:rows].tolist():
+            logprobs, values = row_outputs(policy, head, experience, row)
+            for t in range(len(logprobs)):
+                target = logprobs[t].detach() + experience["advantages"][row, t] / (
+                    apa_lambda
+                )
+                loss = loss + (logprobs[t] - target) ** 2
+                loss = loss + 0.5 * (values[t] - experience["returns"][row, t]) ** 2
+                tokens += 1
+    (loss / tokens).backward()
+    trained = ("model.layers.1.", "model.norm.")
+    gradient = {
+        f"policy.{name}": p.grad
+        for name, p in policy.named_parameters()
+        if name.startswith(trained)
+    }
+    gradient |= {f"value_head.{name}": p.grad for name, p in head.named_parameters()}
+    return gradient
+
+
+def test_first_gradient_is_that_of_a_loop_over_the_responses(tokenizer, tmp_path):
+    """Masks, token counts, accumulation, GAE and reward scaling, all written out."""
+    catch = OnFirstStep()
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        apa_lambda=0.5,
+        max_steps=1,
+        max_grad_norm=0,
+        cliprange_value=None,
+        max_new_tokens=100,  # long enough for some of the responses to end
+    )
+    trainer.add_callback(catch)
+    trainer.train()
+    experience = trainer.experience
+    lengths = experience["response_mask"].sum(1)
+    assert lengths.unique().numel() > 1  # else padding is not tested
+
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(
+            experience["response_ids"], experience["response_mask"], strict=True
+        )
+    ]
+    scores = np.array(lower_case(None, [[{"content": text}] for text in texts]))
+    scaled = scores / scores.std(ddof=1)
+    for row, length in enumerate(lengths.tolist()):  # V = 0 and KL = 0 at the start
+        steps_to_go = length - 1 - np.arange(length)
+        expected = scaled[row] * 0.95**steps_to_go
+        found = experience["advantages"][row, :length]
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+        assert (experience["advantages"][row, length:] == 0).all()
+    assert torch.allclose(experience["returns"], experience["advantages"])
+
+    expected = apa_gradient_by_hand([experience], apa_lambda=0.5)
+    assert catch.gradient.keys() == expected.keys()
+    assert max(g.abs().max() for g in expected.values()) > 0.1
+    for name, gradient in expected.items():
+        assert torch.allclose(catch.gradient[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_without_whitening_the_anchor_loss_is_the_mean_squared_target(
+    tokenizer, tmp_path
+):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, apa_lambda=0.25)
+    trainer.train()
+    rows = trainer._minibatch_rows(0, 0)
+    mask = trainer.experience["response_mask"][rows]
+    target = trainer.experience["advantages"][rows][mask] / 0.25
+    logged = trainer.state.log_history[0]
+    assert logged["policy_loss"] == pytest.approx((target**2).mean().item(), rel=1e-4)
+    assert logged["log_ratio"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("unfrozen", [1, 2, None])
+@pytest.mark.parametrize("separate", [False, True])
+def test_actor_critic_logprobs_are_those_of_the_policy(
+    tokenizer, unfrozen, separate, policy
+):
+    rollout = sample(policy, tokenizer, PROMPTS["prompt"], max_new_tokens=6)
+    expected = sequence_logprobs(policy, rollout)
+    module = ActorCritic(tiny_model(), ValueHead(64), unfrozen, separate)
+    torch.nn.init.normal_(module.value_head.outer.weight)
+    tokens = {name: getattr(rollout, name) for name in TOKENS}
+    trunk = module.trunk_states(**tokens)
+    assert (trunk is not None) == (unfrozen == 1)
+    out = module(**tokens, trunk_states=trunk)
+    assert torch.allclose(out["logprobs"], expected, atol=1e-5)
+    whole = ActorCritic(tiny_model(), module.value_head)(**tokens)
+    for name in ("logprobs", "values", "entropy"):
+        assert torch.allclose(out[name], whole[name], atol=1e-5)
+        assert (out[name][~rollout.response_mask] == 0).all()
+        assert out[name].dtype == torch.float32
+
+
+def test_a_separate_critic_does_not_move_the_policy(tokenizer, policy):
+    rollout = sample(policy, tokenizer, PROMPTS["prompt"][:3], max_new_tokens=6)
+    tokens = {name: getattr(rollout, name) for name in TOKENS}
+    for separate in (False, True):
+        module = ActorCritic(tiny_model(), None, 1, separate)
+        torch.nn.init.normal_(module.value_head.outer.weight)
+        out = module(**tokens, trunk_states=module.trunk_states(**tokens))
+        out["values"].sum().backward()
+        moved = module.policy.model.layers[1].mlp.down_proj.weight.grad
+        assert (moved is None) == separate
+
+
+def test_the_reference_stays_where_it_was(tokenizer, tmp_path):
+    for unfrozen in (1, None):
+        trainer = make_trainer(tmp_path, tokenizer, num_layers_unfrozen=unfrozen)
+        trainer.train()
+        tokens = {name: trainer.experience[name] for name in TOKENS}
+        found = trainer.reference.logprobs(tokens, trainer.model.trunk_states(**tokens))
+        fresh = ActorCritic(tiny_model())(**tokens)["logprobs"]
+        moved = trainer.model(**tokens)["logprobs"]
+        assert torch.allclose(found, fresh, atol=1e-5)
+        assert not torch.allclose(moved, fresh, atol=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["apa", "awr", "ppo"])
+@pytest.mark.parametrize("anchor", ["initial", "rollout"])
+def test_losses_use_their_own_anchor(tokenizer, tmp_path, loss_type, anchor):
+    """Second iteration: π_init and π_rollout differ; AWR and PPO know no anchor."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, loss_type=loss_type, anchor=anchor, max_steps=5
+    )
+    trainer.train()
+    rows = trainer._minibatch_rows(1, 0)
+    old = {k: v[rows] for k, v in trainer.experience.items() if k != "counts"}
+    gap = (old["logprobs"] - old["ref_logprobs"]).abs().max().item()
+    assert gap > 0.05
+    with torch.no_grad():
+        out = {"logprobs": old["logprobs"] + 0.3, "values": old["values"]}
+        policy, _ = trainer._losses(out, {**old, "count": old["response_mask"].sum()})
+    mask = old["response_mask"]
+    advantages = old["advantages"][mask]
+    anchors = {"initial": old["ref_logprobs"], "rollout": old["logprobs"]}
+    expected = {
+        "apa": (out["logprobs"] - anchors[anchor])[mask].sub(advantages).square(),
+        "awr": -advantages.exp().clamp(max=20) * out["logprobs"][mask],
+        "ppo": -torch.minimum(math.exp(0.3) * advantages, 1.2 * advantages),
+    }[loss_type].mean()
+    assert policy.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+# --- training
+
+
+def test_apa_raises_a_simple_reward(tokenizer, tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        num_layers_unfrozen=None,
+        rollout_batch_size=32,
+        per_device_train_batch_size=16,
+        max_steps=60,
+        learning_rate=3e-3,
+        logging_steps=4,
+    )
+    trainer.train()
+    history = [row for row in trainer.state.log_history if "reward" in row]
+    first, last = (
+        np.mean([row["reward"] for row in part])
+        for part in (
+            history[:2],
+            history[-2:],
+        )
+    )
+    assert first < 0.25 and last > first + 0.3
+    assert history[-1]["kl"] > history[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert history[-1]["entropy"] < history[0]["entropy"]
+    assert all(math.isfinite(v) for row in history for v in row.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": "paper", "num_layers_unfrozen": 1},
+        {"base": "paper", "num_layers_unfrozen": None, "loss_type": "awr"},
+        {"loss_type": "ppo", "missing_eos_penalty": 1.0},
+        {"gradient_checkpointing": True},
+        {"scale_reward": "none", "num_layers_unfrozen": 2},
+    ],
+    ids=str,
+)
+def test_variants_train(tokenizer, tmp_path, changes):
+    if "gradient_checkpointing" in changes:
+        with pytest.warns(FutureWarning):
+            trainer = make_trainer(tmp_path, tokenizer, **changes)
+            trainer.train()
+    else:
+        trainer = make_trainer(tmp_path, tokenizer, **changes)
+        trainer.train()
+    assert trainer.state.global_step == 4
+    trained = trainer.inner_model().state_dict()
+    start = tiny_model().state_dict()
+    changed = [k for k in start if not torch.equal(start[k], trained[k])]
+    assert any(k.startswith("model.layers.1") for k in changed)
+    assert all(v.isfinite().all() for v in trained.values())
+
+
+def test_gradient_checkpointing_changes_no_gradient(tokenizer, policy):
+    rollout = sample(policy, tokenizer, PROMPTS["prompt"][:4], max_new_tokens=6)
+    tokens = {name: getattr(rollout, name) for name in TOKENS}
+    module = ActorCritic(policy, ValueHead(64), 1).train()
+    gradients = []
+    for _ in range(2):
+        module.zero_grad()
+        module(**tokens, trunk_states=module.trunk_states(**tokens))[
+            "logprobs"
+        ].sum().backward()
+        named = module.policy.named_parameters()
+        gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+        with pytest.warns(FutureWarning):
+            module.gradient_checkpointing_enable()
+    assert len(gradients[0]) == 10
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6)
+
+
+def test_the_gate_trains_the_critic_alone(tokenizer, tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        value_gate=0.0,
+        separate_value_model=True,
+        weight_decay=0.0,
+        max_steps=2,
+    )
+    trainer.train()
+    start, after = tiny_model().state_dict(), trainer.inner_model().state_dict()
+    assert all(torch.equal(start[k], after[k]) for k in start)
+    assert trainer.model.value_head.outer.weight.abs().max() > 0
+    assert trainer.state.log_history[0]["gated"] == 1
+
+
+def test_a_rollout_policy_is_saved_as_a_plain_language_model(tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.train()
+    trainer.save_model()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(ids).logits, trainer.model.policy.eval()(ids).logits)
+    assert (tmp_path / "value_head.safetensors").exists()
+    rows = [
+        json.loads(x) for x in (tmp_path / "samples.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 4  # num_samples_kept of one iteration
+    assert set(rows[0]) == {"iteration", "prompt", "response", "reward", "finished"}
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    tokenizer, tmp_path, stop, separate
+):
+    """Bit for bit: inside the first iteration, between two, inside the second."""
+    arguments = {
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "separate_value_model": separate,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "linear",
+    }
+    whole = make_trainer(tmp_path / "whole", tokenizer, **arguments)
+    assert whole.args.updates_per_iteration == 4
+    whole.train()
+    first = make_trainer(tmp_path / "parts", tokenizer, **arguments)
+    first.add_callback(StopAt(stop))
+    first.train()
+    torch.manual_seed(99)
+    second = make_trainer(tmp_path / "parts", tokenizer, **arguments)
+    second.train(resume_from_checkpoint=True)
+    expected, found = whole.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert vars(whole.reward_moments) == vars(second.reward_moments)
+    assert second.state.global_step == 8
+    assert not all(
+        torch.equal(v, first.model.state_dict()[k]) for k, v in expected.items()
+    )
+    for key, value in whole.experience.items():
+        assert torch.equal(value, second.experience[key]), key
+
+
+def test_resuming_inside_an_iteration_needs_its_experience(tokenizer, tmp_path):
+    arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(tmp_path, tokenizer, **arguments)
+    trainer.add_callback(StopAt(2))
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "experience-0.safetensors").unlink()
+    with pytest.raises(RuntimeError, match="inside iteration 0, whose experience"):
+        make_trainer(tmp_path, tokenizer, **arguments).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+def test_a_checkpoint_between_iterations_holds_no_experience(tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2)
+    trainer.train()
+    kept = {p.parent.name for p in tmp_path.glob("*/experience-0.safetensors")}
+    assert kept == {"checkpoint-2"}
+    experience = load_file(tmp_path / "checkpoint-2" / "experience-0.safetensors")
+    assert {"advantages", "returns", "counts", "trunk_states"} <= set(experience)
+
+
+def test_prompts_fewer_than_a_batch_are_used_again(tokenizer, tmp_path):
+    trainer = make_trainer(
+        tmp_path, tokenizer, prompts=PROMPTS.select(range(3)), max_steps=8
+    )
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert trainer.experience["prompt_mask"].sum(1).unique().numel() == 3
+
+
+def test_epochs_count_prompts(tokenizer, tmp_path):
+    """12 prompts in blocks of 8: two iterations cover them, four updates each."""
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=-1, num_train_epochs=1)
+    assert trainer.args.max_steps == 2 * trainer.args.updates_per_iteration == 8
+
+
+def test_evaluation_samples_with_a_fixed_seed(tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=PROMPTS.select(range(5)))
+    before = torch.get_rng_state()
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first == second
+    assert {"eval_reward", "eval_length", "eval_eos_rate"} <= set(first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- pieces
+
+
+def test_token_rewards_put_the_score_on_the_last_response_token():
+    mask = torch.tensor([[True, True, False], [True, False, False], [True] * 3])
+    logprobs = torch.tensor([[1.0, 2, 9], [3, 9, 9], [0, 0, 0]])
+    rewards = token_rewards(
+        torch.tensor([10.0, 20, 30]), logprobs, torch.zeros(3, 3), mask, 0.5
+    )
+    assert rewards.tolist() == [[-0.5, 9, 0], [18.5, 0, 0], [0, 0, 30]]
+
+
+def test_running_moments_are_numpys():
+    values = np.random.default_rng(0).normal(5, 3, size=40)
+    moments = RunningMoments()
+    for part in np.split(values, [1, 3, 20]):
+        moments.update(len(part), part.mean(), ((part - part.mean()) ** 2).sum())
+    assert moments.mean == pytest.approx(values.mean())
+    assert moments.std == pytest.approx(values.std(ddof=1))
+
+
+def test_running_moments_of_one_or_equal_values_scale_by_one():
+    moments = RunningMoments()
+    assert moments.std == 1
+    moments.update(1, 4.0, 0.0)
+    assert moments.std == 1
+    moments.update(3, 4.0, 0.0)
+    assert moments.std == 1
+
+
+def test_blocks_repeat_their_prompts_at_every_micro_step():
+    blocks = PromptBlocks(size=5, block=4, micro_steps=3, iterations=5, seed=0)
+    items = [blocks[i] for i in range(len(blocks))]
+    assert len(items) == 5 * 3 * 4
+    seen = []
+    for iteration in range(5):
+        mine = [x for x in items if x["iteration"] == iteration]
+        steps = [[x["prompt"] for x in mine if x["micro_step"] == s] for s in range(3)]
+        assert steps[0] == steps[1] == steps[2] and len(steps[0]) == 4
+        seen += steps[0]
+    passes = [sorted(seen[i : i + 5]) for i in range(0, 20, 5)]
+    assert passes == [[0, 1, 2, 3, 4]] * 4  # every pass shows every prompt once
+    assert seen[:5] != seen[5:10]
+
+
+def test_longer_runs_begin_like_shorter_ones():
+    short = PromptBlocks(5, 4, 2, iterations=2, seed=1)
+    long = PromptBlocks(5, 4, 2, iterations=9, seed=1)
+    assert [short[i] for i in range(len(short))] == [long[i] for i in range(len(short))]
+
+
+def test_each_process_reads_its_own_half_of_a_block():
+    """As accelerate shards batches: the i-th batch goes to process i mod 2."""
+    blocks = PromptBlocks(size=20, block=8, micro_steps=2, iterations=3, seed=0)
+    batches = BatchSampler(SequentialSampler(blocks), batch_size=4, drop_last=False)
+    shares = [
+        [[blocks[i] for i in batch] for batch in BatchSamplerShard(batches, 2, rank)]
+        for rank in (0, 1)
+    ]
+    assert len(shares[0]) == len(shares[1]) == 3 * 2
+    for step, (one, two) in enumerate(zip(*shares, strict=True)):
+        stamps = {(x["iteration"], x["micro_step"]) for x in one + two}
+        assert stamps == {divmod(step, 2)}
+        prompts = [x["prompt"] for x in one + two]
+        assert len(prompts) == 8
+        first = [x["prompt"] for share in shares for x in share[step - step % 2]]
+        assert prompts == first
+
+
+def test_minibatches_cover_the_rollout_once_a_pass(tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, tokenizer, per_device_train_batch_size=2)
+    steps = [trainer._minibatch_rows(3, s).tolist() for s in range(8)]
+    passes = [sum(steps[:4], []), sum(steps[4:], [])]
+    assert [sorted(rows) for rows in passes] == [list(range(8))] * 2
+    assert (
+        passes[0]
+        != passes[1]
+        != sum((trainer._minibatch_rows(4, s).tolist() for s in range(4)), [])
+    )
+
+
+def test_cut_responses_pay_the_penalty(tokenizer, tmp_path):
+    """Reward scaling first, then the penalty, on the last token of unfinished rows."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, scale_reward="none", missing_eos_penalty=2.0, kl_coef=0.0
+    )
+    ids, mask = left_pad([[70, 71], [70]], 0)
+    tokens = {"prompt_ids": torch.full((2, 1), 5), "prompt_mask": mask[:, :1] | True}
+    tokens |= {"response_ids": ids.flip(1), "response_mask": mask.flip(1)}
+    experience = trainer._values_and_advantages(
+        tokens, torch.tensor([1.0, 1.0]), torch.tensor([False, True])
+    )
+    assert experience["returns"][0].tolist() == pytest.approx([-0.95, -1])
+    assert experience["returns"][1].tolist() == pytest.approx([1, 0])
+
+
+# --- configurations
+
+
+def test_starling_is_the_forks_recipe(tmp_path):
+    args = APAConfig.starling(output_dir=str(tmp_path), max_steps=1)
+    assert (args.anchor, args.apa_lambda, args.whiten_advantages) == (
+        "rollout",
+        1,
+        False,
+    )
+    assert (args.kl_coef, args.cliprange_value, args.value_gate) == (0.01, 0.2, 1)
+    assert (args.learning_rate, args.adam_beta2, args.weight_decay) == (
+        2e-7,
+        0.95,
+        1e-6,
+    )
+    assert (args.num_layers_unfrozen, args.separate_value_model) == (4, False)
+    assert (args.gamma, args.gae_lambda, args.vf_coef) == (1, 0.95, 1)
+    assert (args.rollout_batch_size, args.num_epochs_per_rollout) == (64, 2)
+    assert (args.per_device_train_batch_size, args.max_new_tokens) == (4, 1024)
+    assert (args.scale_reward, args.cliprange_reward) == ("running", 10)
+    assert args.max_prompt_length + args.max_new_tokens == 2148
+    assert args.lr_scheduler_type == "constant"
+    assert args.micro_steps == args.updates_per_iteration == 32
+
+
+def test_paper_is_the_papers_recipe(tmp_path):
+    args = APAConfig.paper(output_dir=str(tmp_path), max_steps=1)
+    assert (args.anchor, args.apa_lambda, args.whiten_advantages) == (
+        "initial",
+        0.1,
+        True,
+    )
+    assert (args.kl_coef, args.cliprange_value, args.value_gate) == (0, None, None)
+    assert (args.learning_rate, args.separate_value_model) == (1e-6, True)
+    assert (args.num_layers_unfrozen, args.rollout_batch_size) == (2, 128)
+    assert (args.per_device_train_batch_size, args.num_epochs_per_rollout) == (8, 2)
+    assert args.max_prompt_length + args.max_new_tokens == 1000
+    assert args.cliprange_reward == 100
+
+
+def test_overrides_win(tmp_path):
+    for make in (APAConfig.paper, APAConfig.starling):
+        assert make(output_dir=str(tmp_path), apa_lambda=7.0).apa_lambda == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "dpo"}, "loss_type='dpo': choose from"),
+        ({"anchor": "first"}, "anchor='first': choose from"),
+        ({"scale_reward": "ref"}, "scale_reward='ref': choose from"),
+        ({"apa_lambda": 0}, "apa_lambda=0: must be positive"),
+        ({"rollout_batch_size": 6}, "rollout_batch_size=6 is no multiple of .* = 4"),
+        ({"save_total_limit": 1}, "save_total_limit=1"),
+        ({"num_layers_unfrozen": 9}, "num_layers_unfrozen=9: this model has 2 layers"),
+    ],
+)
+def test_settings_that_cannot_work(tokenizer, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tokenizer, **changes)
+
+
+# --- rewards
+
+
+def test_rewards_get_columns_and_are_weighted(tokenizer, tmp_path):
+    calls = []
+
+    def by_column(prompts, completions, number, **columns):
+        calls.append((prompts, completions, list(number)))
+        return [float(n) for n in number]
+
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        reward=[by_column, lambda prompts, completions, **_: [1.0] * len(prompts)],
+        reward_weights=[2.0, -3.0],
+    )
+    prompts = PROMPTS.select([4, 1])
+    rollout = sample(
+        trainer.model.policy, tokenizer, prompts["prompt"], max_new_tokens=3
+    )
+    assert trainer.rewards(prompts, rollout).tolist() == [8 - 3, 2 - 3]
+    given, completions, numbers = calls[0]
+    assert given == list(prompts["prompt"]) and numbers == [4, 1]
+    texts = [[{"role": "assistant", "content": text}] for text in rollout.texts]
+    assert completions == texts
+    assert trainer.rewards.last_means["rewards/0_by_column"] == 2.5
+
+
+def test_a_reward_model_scores_finished_and_cut_responses(
+    tokenizer, tmp_path, reward_model
+):
+    """Without a tokenizer of its own: the one that belongs to the model is loaded."""
+    trainer = make_trainer(tmp_path, tokenizer, reward=copy.deepcopy(reward_model))
+    prompts = PROMPTS.select(range(6))
+    rollout = sample(
+        trainer.model.policy, tokenizer, prompts["prompt"], max_new_tokens=6
+    )
+    expected = score_responses(
+        reward_model, tokenizer, rollout.prompts, rollout.texts, rollout.finished
+    )
+    assert torch.allclose(trainer.rewards(prompts, rollout), expected, atol=1e-6)
+    model = trainer.rewards.functions[0]
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], "judge returned 1 rewards for 3 samples"),
+        ([1.0, None, 2.0], "judge returned None for sample 1: prompt 'z go 1'"),
+        (
+            [1.0, 2.0, math.nan],
+            "judge returned nan for sample 2: .*'zz go 2', response",
+        ),
+        ([math.inf, 2.0, 1.0], "judge returned inf for sample 0"),
+    ],
+)
+def test_bad_rewards_are_named(tokenizer, tmp_path, policy, values, message):
+    rollout = sample(policy, tokenizer, PROMPTS["prompt"][:3], max_new_tokens=2)
+    with pytest.raises(ValueError, match=message):
+        checked_scores(values, rollout, "judge")
+
+
+def test_a_bad_reward_stops_training_with_the_functions_name(tokenizer, tmp_path):
+    def broken_judge(prompts, completions, **columns):
+        return [None] * len(prompts)
+
+    with pytest.raises(ValueError, match="broken_judge returned None for sample 0"):
+        make_trainer(tmp_path, tokenizer, reward=broken_judge).train()
+
+
+def test_rewards_weights_and_tokenizers_must_match(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="2 reward functions, 2 tokenizers, 1 weights"):
+        make_trainer(tmp_path, tokenizer, reward=[lower_case] * 2, reward_weights=[1.0])
+
+
+def test_the_callers_list_of_tokenizers_is_left_alone(
+    tokenizer, tmp_path, reward_model
+):
+    tokenizers = [None]
+    APATrainer(
+        tiny_model(),
+        [reward_model],
+        config(tmp_path),
+        PROMPTS,
+        processing_class=tokenizer,
+        reward_processing_classes=tokenizers,
+    )
+    assert tokenizers == [None]
+
+
+def test_nan_stops_the_run_with_the_metrics_name(tokenizer, tmp_path):
+    head = ValueHead(64)
+    head.outer.bias.data.fill_(math.nan)
+    with pytest.raises(
+        FloatingPointError, match="_loss is nan at step 0.*learning rate"
+    ):
+        make_trainer(tmp_path, tokenizer, value_model=head).train()
+
+
+def test_a_tokenizer_is_needed(tmp_path):
+    with pytest.raises(ValueError, match="processing_class"):
+        make_trainer(tmp_path, None)
