@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -206,9 +207,22 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    with quiet():
-        model.save_pretrained(folder)
+    _save_on_any_rank(model, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _save_on_any_rank(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained` for a model with tied embeddings, whichever process calls it.
+
+    transformers' own writes no weights on any rank but 0 of a running process group, and
+    which rank comes to the lock first is chance.
+    """
+    folder.mkdir()
+    weights = {n: w for n, w in model.state_dict().items() if n != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def _digest(path: Path) -> str:

@@ -91,7 +91,7 @@ def reward_training(
         chance: accuracy of a coin.
     """
     figure = new_figure()
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
     left.plot(*_logged(history, "loss"), color=BLUE, label="training")
     left.plot(*_logged(history, "eval_loss"), "o-", color=ORANGE, label="held out")
     left.set(xlabel="optimiser step", ylabel="loss (nats per choice)", title="Loss")

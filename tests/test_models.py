@@ -280,6 +280,20 @@ def test_without_a_network_both_ways_out_are_named(monkeypatch, tmp_path):
         assert part in str(error.value)
 
 
+def test_a_converted_model_is_written_whole_on_any_rank(monkeypatch, tmp_path):
+    """transformers writes weights on rank 0 only; the lock may be another rank's."""
+    monkeypatch.setattr(
+        LlamaForCausalLM, "should_save_on_this_rank", lambda *args: False
+    )
+    model = tiny_model()
+    models._save_on_any_rank(model, tmp_path / "model")
+    again = load_policy(tmp_path / "model")
+    expected, found = model.state_dict(), again.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert again.config.architectures == ["LlamaForCausalLM"]
+
+
 @pytest.mark.slow
 def test_pip_itself_fails_without_an_index(monkeypatch, tmp_path):
     monkeypatch.setenv("STARLING_CACHE", str(tmp_path))
