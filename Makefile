@@ -10,8 +10,6 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Tests and the tiny preset need no model hub; asking one would only hide a mistake.
 OFFLINE := HF_HUB_OFFLINE=1
-# Threads that spin while waiting cost five times the run as soon as anything else runs.
-export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -35,7 +35,7 @@ from starling_lib.checkpoints import (
     machine_defaults,
 )
 from starling_lib.models import ValueHead, inference, load_policy, load_tokenizer
-from starling_lib.prefix import freeze_below, try_split_trunk
+from starling_lib.prefix import freeze_below, try_split_trunk, use_fast_backward
 from starling_lib.reward import score_responses
 from starling_lib.rollouts import (
     Rollout,
@@ -43,6 +43,7 @@ from starling_lib.rollouts import (
     response_inputs,
     sample,
     scatter,
+    token_entropy,
     token_logprobs,
 )
 
@@ -236,6 +237,7 @@ class ActorCritic(nn.Module):
     ):
         super().__init__()
         freeze_below(policy, num_layers_unfrozen)
+        use_fast_backward(policy)
         self.policy = policy
         self.value_head = value_head or ValueHead(policy.config.hidden_size)
         # In a tuple, so that the shared layers are not registered (and saved) twice.
@@ -272,10 +274,12 @@ class ActorCritic(nn.Module):
         response_ids: Tensor,
         response_mask: Tensor,
         trunk_states: Tensor | None = None,
+        with_entropy: bool = False,
     ) -> dict[str, Tensor]:
-        """`logprobs`, `values`, `entropy` of each response token, (N, R), 0 at padding.
+        """`logprobs`, `values` of each response token, (N, R), 0 at padding.
 
         The value of token t is read where t is predicted: before it is known.
+        `with_entropy` adds `entropy`, which costs as much as the log-probabilities.
         """
         inputs = response_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
         if trunk_states is None:
@@ -288,15 +292,14 @@ class ActorCritic(nn.Module):
         states = top_states(self._top, inputs, trunk_states)
         states = predicting_states(states, response_mask)
         logits = self.policy.get_output_embeddings()(states)
-        logprobs, entropy = token_logprobs(logits, response_ids[response_mask])
+        logprobs = token_logprobs(logits, response_ids[response_mask])
+        entropy = token_entropy(logits) if with_entropy else None
         if self.value_trunk is not None:
             states = top_states(self.value_trunk, inputs, trunk_states)
             states = predicting_states(states, response_mask)
-        return {
-            "logprobs": scatter(logprobs, response_mask),
-            "values": scatter(self.value_head(states), response_mask),
-            "entropy": scatter(entropy, response_mask),
-        }
+        out = {"logprobs": logprobs, "values": self.value_head(states)}
+        out |= {"entropy": entropy} if with_entropy else {}
+        return {name: scatter(x, response_mask) for name, x in out.items()}
 
 
 class Reference:
@@ -319,7 +322,7 @@ class Reference:
         mask = tokens["response_mask"]
         states = top_states(self.top, response_inputs(**tokens), trunk_states)
         logits = self.head(predicting_states(states, mask))
-        return scatter(token_logprobs(logits, tokens["response_ids"][mask])[0], mask)
+        return scatter(token_logprobs(logits, tokens["response_ids"][mask]), mask)
 
 
 def top_states(
@@ -553,7 +556,7 @@ class APATrainer(WrappedModelTrainer):
             for i in range(0, len(tokens["response_ids"]), size):
                 some = {k: v[i : i + size] for k, v in tokens.items()}
                 trunk = self.model.trunk_states(**some)
-                out = self.model(**some, trunk_states=trunk)
+                out = self.model(**some, trunk_states=trunk, with_entropy=True)
                 reference = self.reference.logprobs(some, trunk)
                 parts.append({**out, "ref_logprobs": reference, "trunk_states": trunk})
         return {

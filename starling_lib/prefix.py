@@ -155,12 +155,12 @@ def shared_prefix_attention(
     layout: PrefixLayout | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of packed rows, segment by segment; without a layout, plain sdpa.
+    """Attention of packed rows, segment by segment; without a layout, that of sdpa.
 
     Prompts attend to themselves once; all responses of a batch attend to their prompt and
     themselves in one call. Work grows with K·N·(P + N) and not with (P + K·N)².
     """
-    if layout is None:
+    if layout is None and (attention_mask is None or not _slow_backward(query)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
@@ -169,6 +169,9 @@ def shared_prefix_attention(
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    if layout is None:
+        out = attend(query, key, value, attention_mask, scale)
+        return out.transpose(1, 2).contiguous(), None
     p, (rows, _, longest, _) = layout.prompt_length, layout.visible.shape
     prompts = [x[:, :, :p] for x in (query, key, value)]
     causal = torch.ones(p, p, dtype=torch.bool, device=query.device).tril()
@@ -194,13 +197,23 @@ def attend(
     torch's CPU kernel has a backward seven times slower than these three lines (97
     queries on 167 keys, bf16); everywhere else its kernels win.
     """
-    if query.device.type != "cpu" or not query.requires_grad:
+    if not _slow_backward(query):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=scale
         )
     scores = (query * scale) @ key.transpose(-1, -2)
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _slow_backward(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.requires_grad
+
+
+def use_fast_backward(model: PreTrainedModel) -> None:
+    """Give a model loaded with sdpa this module's attention, which is sdpa elsewhere."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(SHARED_PREFIX)
 
 
 def _response_tokens(
@@ -226,8 +239,7 @@ class RankingScorer(nn.Module):
     def __init__(self, reward_model: PreTrainedModel):
         super().__init__()
         self.reward_model = reward_model
-        if reward_model.config._attn_implementation == "sdpa":
-            reward_model.set_attn_implementation(SHARED_PREFIX)
+        use_fast_backward(reward_model)
 
     @property
     def config(self):

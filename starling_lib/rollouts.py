@@ -5,6 +5,7 @@ means.
 """
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from starling_lib.models import inference
 
@@ -103,9 +110,9 @@ def sample(
 ) -> Rollout:
     """Sample `samples` responses to each prompt (consecutive rows), repeatably.
 
-    The whole distribution is sampled (top_k = 0, top_p = 1): `generate` would otherwise
-    keep the 50 likeliest tokens, and log-probabilities from the full distribution would
-    no longer be those of the sampler. temperature = 0 is greedy. Prompts are batched by
+    The whole distribution is sampled: `generate` alone would keep the 50 likeliest tokens,
+    and log-probabilities from the full distribution would no longer be those of the
+    sampler. temperature = 0 is greedy. Prompts are batched by
     length; rows come back in the order given. The global random state is left as it was.
     """
     prompts = [messages for messages in prompts for _ in range(samples)]
@@ -115,6 +122,7 @@ def sample(
     responses: list[list[int]] = [[] for _ in prompts]
     with torch.random.fork_rng(), inference(policy):
         torch.manual_seed(seed)
+        policy = half_precision_copy(policy)
         for batch in tqdm(batches, "sampling", disable=not progress, leave=False):
             rows = _generate(
                 policy,
@@ -128,14 +136,45 @@ def sample(
     return _rollout(tokenizer, prompts, encoded, responses)
 
 
+class InverseSampling(LogitsProcessor):
+    """Draws from softmax(logits / T) by its inverse distribution function.
+
+    One uniform number a row, then `generate` takes the only token left. Its own sampler
+    draws an exponential number for every word of the vocabulary, which on a CPU costs as
+    much as half a forward (132 ms for 64 rows of 49,152).
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = (scores.double() / self.temperature).softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        token = token.clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def half_precision_copy(policy: PreTrainedModel) -> PreTrainedModel:
+    """On a CPU with fast bf16, a bf16 copy of a float32 policy; else the policy itself.
+
+    Autocast would cast every frozen weight again for every token.
+    """
+    if policy.device.type != "cpu" or policy.dtype != torch.float32:
+        return policy
+    if not torch.is_autocast_enabled("cpu"):
+        return policy
+    return copy.deepcopy(policy).to(torch.get_autocast_dtype("cpu"))
+
+
 def _generate(policy, tokenizer, encoded, max_new_tokens, temperature):
     """One batch through `generate`; token lists cut after the first EOS."""
     ids, mask = left_pad(encoded, tokenizer.pad_token_id)
     ids, mask = ids.to(policy.device), mask.to(policy.device)
-    sampling = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
-        sampling |= {"top_k": 0, "top_p": 1.0}
+    draw = LogitsProcessorList(
+        [InverseSampling(temperature)] if temperature > 0 else []
+    )
     with warnings.catch_warnings(), _plain_generation(policy):
         warnings.simplefilter("ignore")
         out = policy.generate(
@@ -144,7 +183,8 @@ def _generate(policy, tokenizer, encoded, max_new_tokens, temperature):
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **sampling,
+            do_sample=False,  # the processor has already drawn
+            logits_processor=draw,
         )
     rows = out[:, ids.shape[1] :].tolist()
     return [_until(row, tokenizer.eos_token_id) for row in rows]
@@ -217,17 +257,17 @@ def predicting_states(hidden: Tensor, response_mask: Tensor) -> Tensor:
     return hidden[:, -width - 1 : -1][response_mask]
 
 
-def token_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens, V) logits and (tokens,) ids → log-prob and entropy (tokens,), in float32.
-
-    The entropy is for logging and carries no gradient.
-    """
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """(tokens, V) logits and (tokens,) ids → (tokens,) log-probabilities in float32."""
     logits = logits.float()
-    normaliser = logits.logsumexp(-1)
-    chosen = logits.gather(-1, ids[:, None]).squeeze(-1) - normaliser
-    with torch.no_grad():
-        entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
-    return chosen, entropy
+    return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+@torch.no_grad()
+def token_entropy(logits: Tensor) -> Tensor:
+    """(tokens, V) logits → (tokens,) entropy of the next token in nats, for logging."""
+    logprobs = logits.float().log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
@@ -258,5 +298,4 @@ def _batch_logprobs(policy: PreTrainedModel, part: Rollout) -> Tensor:
     hidden = policy.base_model(**inputs, use_cache=False).last_hidden_state
     mask = tensors["response_mask"]
     logits = policy.get_output_embeddings()(predicting_states(hidden, mask))
-    logprobs, _ = token_logprobs(logits, tensors["response_ids"][mask])
-    return scatter(logprobs, mask)
+    return scatter(token_logprobs(logits, tensors["response_ids"][mask]), mask)

@@ -210,9 +210,9 @@ def test_actor_critic_logprobs_are_those_of_the_policy(
     tokens = {name: getattr(rollout, name) for name in TOKENS}
     trunk = module.trunk_states(**tokens)
     assert (trunk is not None) == (unfrozen == 1)
-    out = module(**tokens, trunk_states=trunk)
+    out = module(**tokens, trunk_states=trunk, with_entropy=True)
     assert torch.allclose(out["logprobs"], expected, atol=1e-5)
-    whole = ActorCritic(tiny_model(), module.value_head)(**tokens)
+    whole = ActorCritic(tiny_model(), module.value_head)(**tokens, with_entropy=True)
     for name in ("logprobs", "values", "entropy"):
         assert torch.allclose(out[name], whole[name], atol=1e-5)
         assert (out[name][~rollout.response_mask] == 0).all()

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from starling_lib import models
 from starling_lib.models import (
+    NEW_HEAD_SCALE,
     ModelUnavailable,
     ValueHead,
     autocast,
@@ -154,7 +155,8 @@ def test_a_new_reward_head_is_drawn_by_seed(tokenizer, tmp_path):
     folder, other = load_reward_model(tmp_path), load_reward_model(tmp_path, seed=7)
     assert torch.equal(tiny.score.weight, folder.score.weight)
     assert not torch.equal(folder.score.weight, other.score.weight)
-    assert folder.score.weight.std().item() == pytest.approx(1 / 65**0.5, rel=0.3)
+    spread = NEW_HEAD_SCALE / 65**0.5
+    assert folder.score.weight.std().item() == pytest.approx(spread, rel=0.3)
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(tiny(ids).logits, folder(ids).logits)
     policy = load_policy(tmp_path)

@@ -16,6 +16,7 @@ from starling_lib.rollouts import (
     sample,
     scatter,
     sequence_logprobs,
+    token_entropy,
     token_logprobs,
 )
 
@@ -263,7 +264,8 @@ def test_token_logprobs_and_entropy():
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     logits.requires_grad_()
     ids = torch.arange(6)
-    logprobs, entropy = token_logprobs(logits.bfloat16(), ids)
+    logprobs = token_logprobs(logits.bfloat16(), ids)
+    entropy = token_entropy(logits.bfloat16())
     reference = torch.distributions.Categorical(logits=logits.bfloat16().float())
     assert torch.allclose(logprobs, reference.log_prob(ids), atol=1e-6)
     assert torch.allclose(entropy, reference.entropy(), atol=1e-6)
