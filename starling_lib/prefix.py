@@ -164,18 +164,17 @@ def shared_prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
-    if kwargs.get("dropout"):
-        raise ValueError("packed rows know no attention dropout: set it to 0")
+    dropout = kwargs.get("dropout") or 0.0
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     if layout is None:
-        out = attend(query, key, value, attention_mask, scale)
+        out = attend(query, key, value, attention_mask, scale, dropout)
         return out.transpose(1, 2).contiguous(), None
     p, (rows, _, longest, _) = layout.prompt_length, layout.visible.shape
     prompts = [x[:, :, :p] for x in (query, key, value)]
     causal = torch.ones(p, p, dtype=torch.bool, device=query.device).tril()
-    prompt_out = attend(*prompts, causal, scale)
+    prompt_out = attend(*prompts, causal, scale, dropout)
     own = [_response_tokens(x, layout, rows, longest) for x in (query, key, value)]
     responses = own[0].shape[0] // rows
     keys, values = (
@@ -183,14 +182,19 @@ def shared_prefix_attention(
         for x, mine in zip(prompts[1:], own[1:], strict=True)
     )
     visible = layout.visible.repeat_interleave(responses, 0)
-    response_out = attend(own[0], keys, values, visible, scale)
+    response_out = attend(own[0], keys, values, visible, scale, dropout)
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (prompt_out, response_out)]
     out = torch.cat(flat).index_select(0, layout.restore)
     return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale · QKᵀ)V over the keys that are `visible`, (…, N, D).
 
@@ -199,11 +203,12 @@ def attend(
     """
     if not _slow_backward(query):
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=scale
+            query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale
         )
     scores = (query * scale) @ key.transpose(-1, -2)
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
 def _slow_backward(query: Tensor) -> bool:
