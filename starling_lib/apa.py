@@ -710,7 +710,7 @@ class APATrainer(WrappedModelTrainer):
     # --- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Sample the held-out prompts with a fixed seed; log reward, KL, length, EOS."""
+        """Sample the held-out prompts with a fixed seed; log reward, length, EOS rate."""
         prompts = self.eval_dataset if eval_dataset is None else eval_dataset
         policy = self.model.policy
         rollout = sample(
@@ -728,7 +728,7 @@ class APATrainer(WrappedModelTrainer):
             "eos_rate": rollout.finished.float().mean().item(),
         }
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
-        self.log(metrics)
+        super().log(metrics)  # ours would empty what training gathered for its log
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
