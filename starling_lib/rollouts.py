@@ -140,8 +140,8 @@ class InverseSampling(LogitsProcessor):
     """Draws from softmax(logits / T) by its inverse distribution function.
 
     One uniform number a row, then `generate` takes the only token left. Its own sampler
-    draws an exponential number for every word of the vocabulary, which on a CPU costs as
-    much as half a forward (132 ms for 64 rows of 49,152).
+    draws an exponential number for every word of the vocabulary, which on a CPU takes a
+    large share of every step.
     """
 
     def __init__(self, temperature: float):

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from transformers import GenerationConfig
 
+from starling_lib import rollouts
 from starling_lib.rollouts import (
     Rollout,
     encode_prompt,
@@ -295,3 +296,12 @@ def test_response_inputs_positions_follow_the_mask():
     assert inputs["attention_mask"][0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 0]
     assert inputs["position_ids"][0, 3:8].tolist() == [0, 1, 2, 3, 4]
     assert (inputs["position_ids"] >= 0).all()
+
+
+def test_only_a_float32_policy_under_bf16_autocast_is_sampled_from_a_copy(policy):
+    assert rollouts.half_precision_copy(policy) is policy
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        copied = rollouts.half_precision_copy(policy)
+        assert rollouts.half_precision_copy(copied) is copied
+    assert copied is not policy and copied.dtype == torch.bfloat16
+    assert policy.dtype == torch.float32
