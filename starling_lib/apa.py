@@ -39,6 +39,7 @@ from starling_lib.prefix import freeze_below, try_split_trunk, use_fast_backward
 from starling_lib.reward import score_responses
 from starling_lib.rollouts import (
     Rollout,
+    next_token_logits,
     predicting_states,
     response_inputs,
     sample,
@@ -291,7 +292,8 @@ class ActorCritic(nn.Module):
             )
         states = top_states(self._top, inputs, trunk_states)
         states = predicting_states(states, response_mask)
-        logits = self.policy.get_output_embeddings()(states)
+        head = self.policy.get_output_embeddings()
+        logits = next_token_logits(head, self.config, states)
         logprobs = token_logprobs(logits, response_ids[response_mask])
         entropy = token_entropy(logits) if with_entropy else None
         if self.value_trunk is not None:
@@ -321,7 +323,8 @@ class Reference:
         """(N, R) log-probabilities of the response tokens under the initial policy."""
         mask = tokens["response_mask"]
         states = top_states(self.top, response_inputs(**tokens), trunk_states)
-        logits = self.head(predicting_states(states, mask))
+        states = predicting_states(states, mask)
+        logits = next_token_logits(self.head, self.top.config, states)
         return scatter(token_logprobs(logits, tokens["response_ids"][mask]), mask)
 
 
@@ -432,6 +435,7 @@ class APATrainer(WrappedModelTrainer):
         self.reward_moments = RunningMoments()
         self.prompts = train_dataset
         self.experience: dict[str, Tensor] | None = None
+        self._samples_cleared = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
         super().__init__(
             model=actor_critic,
@@ -545,7 +549,8 @@ class APATrainer(WrappedModelTrainer):
             rewards, old["values"], mask, args.gamma, args.gae_lambda
         )
         if args.whiten_advantages:
-            advantages = self._whiten(advantages, mask)
+            moments = self._moments(advantages, mask)
+            advantages = objectives.masked_whiten(advantages, mask, moments=moments)
         kept = {k: v for k, v in old.items() if v is not None}
         return {**tokens, **kept, "advantages": advantages, "returns": returns}
 
@@ -574,16 +579,15 @@ class APATrainer(WrappedModelTrainer):
         limit = self.args.cliprange_reward
         return (scores / self.reward_moments.std).clamp(-limit, limit)
 
-    def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """`masked_whiten` with the moments of all processes' response tokens."""
-        if self.accelerator.num_processes == 1:
-            return objectives.masked_whiten(advantages, mask)
-        x = torch.where(mask, advantages, 0)
-        sums = torch.stack([x.sum(), (x**2).sum(), mask.sum().to(x.dtype)])
-        total, squares, count = self.accelerator.reduce(sums, "sum")
-        variance = squares / count - (total / count) ** 2
-        white = (x - total / count) * torch.rsqrt(variance + 1e-8)
-        return torch.where(mask, white, 0)
+    def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`masked_moments` of all processes' response tokens together."""
+        count = self.accelerator.reduce(mask.sum().to(x.dtype), "sum")
+
+        def mean(values: Tensor) -> Tensor:
+            return self.accelerator.reduce(torch.where(mask, values, 0).sum()) / count
+
+        center = mean(x)
+        return center, mean((x - center) ** 2)
 
     def _token_counts(self, iteration: int, experience: dict[str, Tensor]) -> Tensor:
         """(updates,) response tokens each optimiser step averages over, per process.
@@ -689,7 +693,9 @@ class APATrainer(WrappedModelTrainer):
         if not self.accelerator.is_main_process:
             return
         path = Path(self.args.output_dir) / "samples.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._samples_cleared:
+            drop_samples(path, iteration)
+            self._samples_cleared = True
         with path.open("a") as file:
             for i in range(min(self.args.num_samples_kept, len(rollout))):
                 row = {
@@ -769,6 +775,18 @@ class APATrainer(WrappedModelTrainer):
         if saved.exists():
             device = self.accelerator.device
             self.experience = load_file(str(saved), device=str(device))
+
+
+def drop_samples(path: Path, iteration: int) -> None:
+    """Leave only rows of earlier iterations: a resumed run samples the others anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not splitlines: a response may hold other line separators than a newline.
+    lines = path.read_text().split("\n") if path.exists() else []
+    rows = [line for line in lines if line.endswith("}")]  # a kill may cut the last
+    kept = [row for row in rows if json.loads(row)["iteration"] < iteration]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(row + "\n" for row in kept))
+    partial.replace(path)
 
 
 class RewardSum:

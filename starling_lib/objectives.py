@@ -18,14 +18,25 @@ def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) ->
     return total / (mask.sum().clamp(min=1) if count is None else count)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (population) variance of the masked entries, two scalars."""
+    mean = masked_mean(x, mask)
+    return mean, masked_mean((x - mean) ** 2, mask)
+
+
+def masked_whiten(
+    x: Tensor,
+    mask: Tensor,
+    shift_mean: bool = True,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Scale the masked entries to unit variance (and zero mean); zero elsewhere.
 
-    The original whitened over padding too (starling.md §4.2), which made the effective λ
-    depend on how the batch was padded.
+    `moments` (mean, variance) replaces those of `x` where the batch is larger than this
+    tensor: several processes. The original whitened over padding too (starling.md §4.2),
+    which made the effective λ depend on how the batch was padded.
     """
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
+    mean, variance = moments or masked_moments(x, mask)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask, white if shift_mean else white + mean, 0)
 

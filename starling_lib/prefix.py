@@ -9,9 +9,10 @@ the prompt is computed once instead of K times.
 Knows: token rows, masks, the layers of a model. Does not know: losses, text.
 """
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,14 @@ def segment_mask(segment_ids: Tensor) -> Tensor:
     return (causal & ((key == query) | ((key == PROMPT) & (query > 0))))[:, None]
 
 
+def longest_span(segment_ids: Tensor) -> int:
+    """Tokens of the longest prompt with one of its responses: how far attention reaches."""
+    segments = torch.arange(1, max(int(segment_ids.max()), 1) + 1)
+    segments = segments.to(segment_ids.device)[:, None, None]
+    longest = (segment_ids == segments).sum(-1).amax(0)  # (B,)
+    return int(((segment_ids == PROMPT).sum(-1) + longest).max())
+
+
 def attention_mask_for(model: PreTrainedModel, segment_ids: Tensor) -> Tensor:
     """`segment_mask` in the form that the model's attention implementation reads.
 
@@ -84,10 +93,10 @@ def attention_mask_for(model: PreTrainedModel, segment_ids: Tensor) -> Tensor:
     """
     config = model.config
     window = getattr(config, "sliding_window", None)
-    if window is not None and segment_ids.shape[1] > window:
+    if window is not None and (span := longest_span(segment_ids)) > window:
         raise ValueError(
-            f"a packed row of {segment_ids.shape[1]} tokens is longer than the model's "
-            f"sliding window of {window}: shorten responses (max_length)"
+            f"a prompt and one response have {span} tokens, more than the model's "
+            f"sliding window of {window}: shorten them (max_length)"
         )
     if config._attn_implementation == SHARED_PREFIX:
         # Four dimensions tell transformers to build no mask; the layout says it all.
@@ -329,23 +338,38 @@ def _half(trunk: PreTrainedModel, part: slice, **replaced: nn.Module):
 
 def _verify_split(trunk, lower, upper) -> None:
     """Raise ValueError unless the halves give the hidden states of the whole."""
-    config = trunk.config
-    length = (getattr(config, "sliding_window", None) or 8) + 4
-    device = trunk.get_input_embeddings().weight.device
-    ids = torch.arange(length, device=device)[None] % config.vocab_size
+    models = (trunk, lower, upper)
     was_training = trunk.training
-    trunk.eval(), lower.eval(), upper.eval()
-    with torch.no_grad():
+    device = trunk.get_input_embeddings().weight.device
+    ids = torch.arange(12, device=device)[None] % trunk.config.vocab_size
+    for model in models:
+        model.eval()
+    with torch.no_grad(), _narrow_windows([model.config for model in models], 8):
         whole = trunk(ids, use_cache=False).last_hidden_state
         middle = lower(ids).last_hidden_state
         halves = upper(inputs_embeds=middle).last_hidden_state
-    trunk.train(was_training), lower.train(was_training), upper.train(was_training)
+    for model in models:
+        model.train(was_training)
     if not torch.allclose(whole, halves, rtol=1e-3, atol=1e-4):
         gap = (whole - halves).abs().max().item()
         raise ValueError(
             f"{type(trunk).__name__} cannot be split into a frozen trunk and a top "
             f"(hidden states differ by {gap:.2g})"
         )
+
+
+@contextlib.contextmanager
+def _narrow_windows(configs: list, width: int) -> Iterator[None]:
+    """Make sliding windows so short that a few tokens show how a model treats them."""
+    windowed = [c for c in configs if getattr(c, "sliding_window", None)]
+    before = [config.sliding_window for config in windowed]
+    for config in windowed:
+        config.sliding_window = width
+    try:
+        yield
+    finally:
+        for config, window in zip(windowed, before, strict=True):
+            config.sliding_window = window
 
 
 def try_split_trunk(model: PreTrainedModel, num_layers_unfrozen: int | None):

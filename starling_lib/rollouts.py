@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
@@ -257,6 +257,17 @@ def predicting_states(hidden: Tensor, response_mask: Tensor) -> Tensor:
     return hidden[:, -width - 1 : -1][response_mask]
 
 
+def next_token_logits(head: nn.Module, config, states: Tensor) -> Tensor:
+    """(tokens, H) last hidden states → (tokens, V) logits, as the whole model gives them.
+
+    Some architectures scale or cap what the head gives (Cohere, Granite, Gemma 2).
+    """
+    logits = head(states) * getattr(config, "logit_scale", 1.0)
+    logits = logits / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """(tokens, V) logits and (tokens,) ids → (tokens,) log-probabilities in float32."""
     logits = logits.float()
@@ -297,5 +308,6 @@ def _batch_logprobs(policy: PreTrainedModel, part: Rollout) -> Tensor:
     inputs = response_inputs(**tensors)
     hidden = policy.base_model(**inputs, use_cache=False).last_hidden_state
     mask = tensors["response_mask"]
-    logits = policy.get_output_embeddings()(predicting_states(hidden, mask))
+    states, head = predicting_states(hidden, mask), policy.get_output_embeddings()
+    logits = next_token_logits(head, policy.config, states)
     return scatter(token_logprobs(logits, tensors["response_ids"][mask]), mask)

@@ -411,6 +411,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         assert torch.equal(value, second.experience[key]), key
 
 
+def test_samples_of_a_redone_iteration_stand_once(tokenizer, tmp_path):
+    arguments = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4}
+    first = make_trainer(tmp_path, tokenizer, **arguments)
+    first.train()
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"iteration": 3, "prom')  # cut by a kill
+    second = make_trainer(tmp_path, tokenizer, **arguments)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert path.read_text() == whole
+
+
 def test_resuming_inside_an_iteration_needs_its_experience(tokenizer, tmp_path):
     arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(tmp_path, tokenizer, **arguments)

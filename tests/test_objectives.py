@@ -15,6 +15,7 @@ from starling_lib.objectives import (
     kl_k2,
     kl_k3,
     masked_mean,
+    masked_moments,
     masked_whiten,
     ppo_loss,
     value_loss,
@@ -90,6 +91,16 @@ def test_masked_whiten_uses_response_tokens_only(batch, shift):
     wider = torch.nn.functional.pad(x, (0, 7), value=99)
     wider = masked_whiten(wider, torch.nn.functional.pad(mask, (0, 7)), shift)
     assert torch.allclose(wider[:, :5], white, rtol=1e-12)
+
+
+def test_masked_whiten_by_the_moments_of_a_larger_batch(batch):
+    x, _, _, mask = batch
+    moments = masked_moments(x, mask)
+    parts = [
+        masked_whiten(x[i : i + 1], mask[i : i + 1], moments=moments)
+        for i in range(len(x))
+    ]
+    assert torch.allclose(torch.cat(parts), masked_whiten(x, mask), rtol=1e-12)
 
 
 # --- GAE

@@ -12,6 +12,7 @@ from transformers import (
     MistralForSequenceClassification,
 )
 
+from starling_lib import prefix
 from starling_lib.apa import ActorCritic
 from starling_lib.models import autocast, reward_head, tiny_model
 from starling_lib.prefix import (
@@ -202,14 +203,15 @@ def mistral(kind=MistralForCausalLM, sliding_window=None, **changes):
     return kind(config).eval()
 
 
-def test_rows_longer_than_a_sliding_window_are_refused():
-    model = mistral(MistralForSequenceClassification, sliding_window=12, num_labels=1)
+def test_a_response_out_of_sight_of_its_prompt_is_refused():
+    """A packed row may be longer than the window; a prompt with one response may not."""
+    model = mistral(MistralForSequenceClassification, sliding_window=8, num_labels=1)
     scorer = RankingScorer(model)
-    short = [([5, 6, 7], [[8, 9], [10, 11, 12, 13]])]
-    scores = scorer(**pack_all(short))
-    assert torch.allclose(scores, separate_scores(model, short), atol=1e-4)
-    with pytest.raises(ValueError, match="13 tokens .* sliding window of 12"):
-        scorer(**pack_all([([5] * 7, [[8, 9], [10, 11, 12, 13]])]))
+    near = [([5, 6, 7], [[8, 9], [10, 11, 12, 13], [14] * 5])]  # 8 of 14 tokens
+    scores = scorer(**pack_all(near))
+    assert torch.allclose(scores, separate_scores(model, near), atol=1e-4)
+    with pytest.raises(ValueError, match="9 tokens, .* sliding window of 8"):
+        scorer(**pack_all([*near, ([5, 6], [[8] * 7, [9]])]))
 
 
 # --- freezing
@@ -270,6 +272,31 @@ def test_a_split_respects_sliding_windows(padded):
     whole = model.base_model(ids, **rest).last_hidden_state
     halves = upper(inputs_embeds=lower(ids).last_hidden_state).last_hidden_state
     assert torch.allclose(whole, halves, atol=1e-5)
+
+
+def test_checking_a_split_is_cheap_and_leaves_the_window_alone():
+    model = mistral(sliding_window=4096)
+    lengths = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, args: lengths.append(args[0].shape[1])
+    )
+    lower, upper = split_trunk(model, 2)
+    assert max(lengths) <= 16
+    windows = [m.config.sliding_window for m in (model, lower, upper)]
+    assert windows == [4096] * 3
+
+
+def test_a_half_that_forgets_the_window_is_refused(monkeypatch):
+    half = prefix._half
+
+    def forgetful(*args, **kwargs):
+        made = half(*args, **kwargs)
+        made.config.sliding_window = None
+        return made
+
+    monkeypatch.setattr(prefix, "_half", forgetful)
+    with pytest.raises(ValueError, match="cannot be split"):
+        split_trunk(mistral(sliding_window=4096), 2)
 
 
 def test_splitting_does_not_cut_the_original(policy):

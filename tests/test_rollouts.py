@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from scipy import stats
-from transformers import GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GraniteConfig,
+    LlamaConfig,
+)
 
 from starling_lib import rollouts
 from starling_lib.rollouts import (
@@ -259,6 +266,38 @@ def test_logprobs_of_greedy_tokens_are_the_largest(policy, tokenizer):
     rollout.response_ids = (rollout.response_ids + 1) % 259
     other = sequence_logprobs(policy, rollout)
     assert (greedy[:, 0] > other[:, 0]).all()  # later tokens have other contexts
+
+
+def sizes(**changes):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
+    return small | {"pad_token_id": 0} | changes
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**sizes()),
+        Gemma2Config(**sizes(head_dim=8, final_logit_softcapping=0.5)),
+        GraniteConfig(**sizes(logits_scaling=4.0)),
+        CohereConfig(**sizes(logit_scale=3.0)),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_logprobs_are_those_of_the_whole_model(config, fp32):
+    """Some architectures scale or cap the logits behind their output layer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # logits large enough to be capped
+    rollout, prompts, responses = known_rollout()
+    logprobs = sequence_logprobs(model, rollout)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        with torch.no_grad():
+            whole = model(torch.tensor([prompt + response])).logits[0]
+        expected = whole.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = expected.gather(-1, torch.tensor(response)[:, None])[:, 0]
+        assert torch.allclose(logprobs[i, : len(response)], expected, atol=1e-4)
 
 
 def test_token_logprobs_and_entropy():
