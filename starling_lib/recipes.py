@@ -28,7 +28,7 @@ RECIPES = Path(__file__).with_suffix("")
 # Modules whose code decides the weights: a change in one makes artefacts anew.
 TRAINING_CODE = [
     *("chat", "rankings", "models", "prefix", "rollouts"),
-    *("reward", "objectives", "apa"),
+    *("losses", "scoring", "reward", "objectives", "apa"),
 ]
 FIGURES_MIME = "application/vnd.starling.figures+json"
 
