@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from starling_lib.checkpoints import (
     machine_defaults,
 )
 from starling_lib.models import ValueHead, inference, load_policy, load_tokenizer
-from starling_lib.prefix import freeze_below, try_split_trunk, use_fast_backward
+from starling_lib.prefix import use_fast_backward
 from starling_lib.reward import score_responses
 from starling_lib.rollouts import (
     Rollout,
@@ -47,6 +48,10 @@ from starling_lib.rollouts import (
     token_entropy,
     token_logprobs,
 )
+from starling_lib.trunk import add_adapters, freeze_below, try_split_trunk
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 RewardFunction = PreTrainedModel | Callable[..., Sequence[float]]
 
@@ -235,9 +240,11 @@ class ActorCritic(nn.Module):
         value_head: ValueHead | None = None,
         num_layers_unfrozen: int | None = None,
         separate: bool = False,
+        adapted: bool = False,
     ):
         super().__init__()
-        freeze_below(policy, num_layers_unfrozen)
+        if not adapted:  # adapters have frozen what they do not train
+            freeze_below(policy, num_layers_unfrozen)
         use_fast_backward(policy)
         self.policy = policy
         self.value_head = value_head or ValueHead(policy.config.hidden_size)
@@ -402,8 +409,9 @@ class APATrainer(WrappedModelTrainer):
     `model`: a causal LM or a name for `load_policy`. `reward_funcs`: one or several of a
     reward model, or a function as in TRL, `f(prompts, completions, **columns)` → one
     float a completion. `train_dataset`, `eval_dataset`: rows with a conversational
-    `prompt`. Saved and resumed as the policy, the critic beside it. Give the *initial*
-    policy as `model` also when resuming: it is the reference.
+    `prompt`. `peft_config`: train adapters (LoRA), in the last `num_layers_unfrozen` layers
+    or in all. Saved and resumed as the policy (or its adapters), the critic beside it. Give
+    the *initial* policy as `model` also when resuming: it is the reference.
     """
 
     def __init__(
@@ -418,6 +426,7 @@ class APATrainer(WrappedModelTrainer):
         value_model: ValueHead | None = None,
         callbacks=None,
         optimizers=(None, None),
+        peft_config: "PeftConfig | None" = None,
     ):
         args = args or APAConfig.starling(output_dir="apa")
         if isinstance(model, str):
@@ -426,10 +435,19 @@ class APATrainer(WrappedModelTrainer):
         if processing_class is None:
             raise ValueError("give the tokenizer as processing_class")
         self.rewards = RewardSum(reward_funcs, reward_processing_classes, args)
+        self.peft_model = None
         with torch.random.fork_rng():
-            torch.manual_seed(args.seed)  # the critic's initial weights
+            torch.manual_seed(args.seed)  # the critic's (and adapters') initial weights
+            if peft_config is not None:
+                self.peft_model = add_adapters(
+                    model, peft_config, args.num_layers_unfrozen
+                )
             actor_critic = ActorCritic(
-                model, value_model, args.num_layers_unfrozen, args.separate_value_model
+                model,
+                value_model,
+                args.num_layers_unfrozen,
+                args.separate_value_model,
+                adapted=peft_config is not None,
             )
         self.reference = actor_critic.frozen_reference()
         self.reward_moments = RunningMoments()
@@ -743,7 +761,7 @@ class APATrainer(WrappedModelTrainer):
     # --- saving
 
     def inner_model(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model).policy
+        return self.peft_model or self.accelerator.unwrap_model(self.model).policy
 
     def extra_state(self) -> dict[str, nn.Module]:
         """The critic, saved beside the policy."""

@@ -6,12 +6,16 @@ not know: what is trained.
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from starling_lib.models import precision_arguments, quiet
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 MARKER = "COMPLETE"
 
@@ -76,6 +80,17 @@ def write_marker(folder: Path) -> None:
         os.fsync(marker.fileno())
 
 
+def load_adapters(model: "PeftModel", folder: Path) -> None:
+    """Load saved adapters into a model that has the same ones already."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), "cpu"))
+    if result.unexpected_keys:
+        raise ValueError(
+            f"{folder}: adapters of another shape: {result.unexpected_keys}"
+        )
+
+
 class WrappedModelTrainer(Trainer):
     """A `Trainer` of a module that wraps the model to be saved.
 
@@ -120,9 +135,12 @@ class WrappedModelTrainer(Trainer):
         from safetensors.torch import load_model
 
         folder, inner = Path(resume_from_checkpoint), self.inner_model()
-        with quiet():
-            loaded = type(inner).from_pretrained(folder, dtype=inner.dtype)
-        inner.load_state_dict(loaded.state_dict())
+        if hasattr(inner, "peft_config"):
+            load_adapters(inner, folder)
+        else:
+            with quiet():
+                loaded = type(inner).from_pretrained(folder, dtype=inner.dtype)
+            inner.load_state_dict(loaded.state_dict())
         for name, module in self.extra_state().items():
             load_model(module, str(folder / f"{name}.safetensors"))
 

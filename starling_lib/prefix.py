@@ -1,4 +1,4 @@
-"""K responses behind one shared prompt in one forward, and the frozen-trunk split.
+"""K responses behind one shared prompt in one forward.
 
     [ prompt | response 1 | response 2 | … | response K ]
 
@@ -6,13 +6,11 @@ Positions restart after the prompt for each response, and a token sees the promp
 own response only, so every response gets the hidden states of a forward of its own while
 the prompt is computed once instead of K times.
 
-Knows: token rows, masks, the layers of a model. Does not know: losses, text.
+Knows: token rows, masks, attention. Does not know: losses, text. The names of `trunk`
+are here too.
 """
 
-import contextlib
-import copy
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +21,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from starling_lib.models import reward_head
+from starling_lib.trunk import TrunkCache, freeze_below, split_trunk, try_split_trunk
+
+__all__ = [
+    "PrefixLayout",
+    "RankingScorer",
+    "TrunkCache",
+    "attend",
+    "attention_mask_for",
+    "freeze_below",
+    "longest_span",
+    "pack_ranking",
+    "prefix_layout",
+    "segment_mask",
+    "shared_prefix_attention",
+    "split_trunk",
+    "stack_rankings",
+    "try_split_trunk",
+    "use_fast_backward",
+]
 
 PROMPT, PADDING = 0, -1  # segment ids; responses are 1 … K
 SHARED_PREFIX = "shared_prefix"  # name under which transformers finds our attention
@@ -115,44 +132,58 @@ def attention_mask_for(model: PreTrainedModel, segment_ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PrefixLayout:
-    """Where prompts and responses lie in packed rows; made once, used by every layer.
+    """Where B prompts and M responses lie among the T real tokens of packed rows.
 
-    N is the longest response, P the longest prompt of the batch.
+    Made once a forward, used by every layer. P is the longest prompt, N the longest
+    response. Positions past an end point at the first token: causality keeps real tokens
+    from seeing them, and nothing reads their output.
     """
 
-    prompt_length: int  # P
-    gather: Tensor  # (B·K·N,) flat token of each response position
-    visible: Tensor  # (B, 1, N, P + N) bool: what a response token may attend to
-    restore: Tensor  # (B·T,) flat index of each token among prompts, then responses
+    prompts: Tensor  # (B, P) token of each prompt position
+    responses: Tensor  # (M, N) token of each response position
+    owner: Tensor  # (M,) the prompt of each response
+    causal: Tensor  # (P, P): 0 where a prompt token may look, else −inf
+    bias: Tensor  # (M, 1, N, P + N): the same for response tokens
+    restore: Tensor  # (T,) place of each token among prompts, then responses
+    ends: Tensor  # (M,) last token of each response
 
 
 def prefix_layout(segment_ids: Tensor, ends: Tensor) -> PrefixLayout:
-    """Lay packed rows (B, T) with response `ends` (B, K; −1 = missing) out for attention.
+    """Layout of packed rows (B, T) with response `ends` (B, K; −1 = missing)."""
+    real, prompt = segment_ids != PADDING, (segment_ids == PROMPT).sum(1)
+    start = real.sum(1).cumsum(0) - real.sum(1)  # each row's first real token
+    first = torch.cat([prompt[:, None], ends[:, :-1] + 1], 1)
+    exists = ends >= 0
+    owner = exists.nonzero()[:, 0]
+    lengths = (ends - first + 1)[exists]
+    prompts, in_prompt = _spans(start, prompt)
+    responses, inside = _spans((start[:, None] + first)[exists], lengths)
+    tokens = torch.cat([prompts[in_prompt], responses[inside]])
+    places = torch.cat([in_prompt.flatten(), inside.flatten()]).nonzero()[:, 0]
+    restore = torch.empty_like(tokens).scatter_(0, tokens, places)
+    own = _causal(responses.shape[1], ends.device).expand(len(owner), -1, -1)
+    shared = in_prompt[owner][:, None].expand(-1, own.shape[1], -1)
+    bias = _bias(torch.cat([shared, own], -1))[:, None]
+    causal = _bias(_causal(prompts.shape[1], ends.device))
+    last = (start[:, None] + ends)[exists]
+    return PrefixLayout(prompts, responses, owner, causal, bias, restore, last)
 
-    Positions past a response's end point at its row's first token; causality keeps real
-    tokens from seeing them, and nothing reads their output.
-    """
-    (rows, width), device = segment_ids.shape, segment_ids.device
-    prompt = (segment_ids == PROMPT).sum(1)  # (B,)
-    last = torch.where(ends < 0, -1, ends)
-    first = torch.cat([prompt[:, None], last[:, :-1] + 1], 1)
-    length = torch.where(ends < 0, 0, last - first + 1)
-    longest, longest_prompt = int(length.max()), int(prompt.max())
-    steps = torch.arange(longest, device=device)
-    inside = steps < length[..., None]  # (B, K, N)
-    tokens = torch.where(inside, first[..., None] + steps, 0)
-    base = width * torch.arange(rows, device=device)
-    own = (steps[None, :] <= steps[:, None]).expand(rows, longest, longest)
-    shared = torch.arange(longest_prompt, device=device) < prompt[:, None]
-    shared = shared[:, None].expand(rows, longest, longest_prompt)
-    gather = (base[:, None, None] + tokens).view(-1)
-    start = longest_prompt * torch.arange(rows, device=device)[:, None]
-    in_prompt = torch.arange(width, device=device).clamp(max=longest_prompt - 1)
-    restore = (start + in_prompt).view(-1)
-    slots = rows * longest_prompt + torch.arange(inside.numel(), device=device)
-    restore[gather[inside.view(-1)]] = slots[inside.view(-1)]
-    visible = torch.cat([shared, own], -1)[:, None]
-    return PrefixLayout(longest_prompt, gather, visible, restore)
+
+def _causal(width: int, device: torch.device) -> Tensor:
+    return torch.ones(width, width, dtype=torch.bool, device=device).tril()
+
+
+def _bias(visible: Tensor) -> Tensor:
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(
+        ~visible, -torch.inf
+    )
+
+
+def _spans(first: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Token runs as a table (rows, longest) and which of its places are in the run."""
+    steps = torch.arange(int(length.max()), device=first.device)
+    inside = steps < length[:, None]
+    return torch.where(inside, first[:, None] + steps, first[:, None]), inside
 
 
 def shared_prefix_attention(
@@ -166,58 +197,65 @@ def shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """Attention of packed rows, segment by segment; without a layout, that of sdpa.
 
-    Prompts attend to themselves once; all responses of a batch attend to their prompt and
-    themselves in one call. Work grows with K·N·(P + N) and not with (P + K·N)².
+    The rows come as one row (1, H, T, D) of their real tokens. Prompts attend to
+    themselves once; all responses attend to their prompt and themselves in one call. Work
+    grows with K·N·(P + N) and not with (P + K·N)².
     """
     if layout is None and (attention_mask is None or not _slow_backward(query)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
-    dropout = kwargs.get("dropout") or 0.0
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    rest = (kwargs.get("scaling"), kwargs.get("dropout") or 0.0)
     if layout is None:
-        out = attend(query, key, value, attention_mask, scale, dropout)
-        return out.transpose(1, 2).contiguous(), None
-    p, (rows, _, longest, _) = layout.prompt_length, layout.visible.shape
-    prompts = [x[:, :, :p] for x in (query, key, value)]
-    causal = torch.ones(p, p, dtype=torch.bool, device=query.device).tril()
-    prompt_out = attend(*prompts, causal, scale, dropout)
-    own = [_response_tokens(x, layout, rows, longest) for x in (query, key, value)]
-    responses = own[0].shape[0] // rows
+        bias = attention_mask
+        if bias.dtype == torch.bool:
+            # Not −inf: a padded query may see nothing at all.
+            lowest = torch.finfo(query.dtype).min
+            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, lowest)
+        return attend(query, key, value, bias, *rest).transpose(1, 2).contiguous(), None
+    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, heads, D)
+    prompts = [x[layout.prompts].transpose(1, 2) for x in tokens]
+    own = [x[layout.responses].transpose(1, 2) for x in tokens]
     keys, values = (
-        torch.cat([x.repeat_interleave(responses, 0), mine], 2)
-        for x, mine in zip(prompts[1:], own[1:], strict=True)
+        torch.cat([shared[layout.owner], mine], 2)
+        for shared, mine in zip(prompts[1:], own[1:], strict=True)
     )
-    visible = layout.visible.repeat_interleave(responses, 0)
-    response_out = attend(own[0], keys, values, visible, scale, dropout)
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (prompt_out, response_out)]
-    out = torch.cat(flat).index_select(0, layout.restore)
-    return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
+    parts = (
+        attend(*prompts, layout.causal, *rest),
+        attend(own[0], keys, values, layout.bias, *rest),
+    )
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in parts]
+    return torch.cat(flat)[layout.restore][None], None
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor,
-    scale: float,
+    bias: Tensor,
+    scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(scale · QKᵀ)V over the keys that are `visible`, (…, N, D).
+    """softmax(scale · QKᵀ + bias)V: (…, H, N, D) queries, H/g heads of keys → (…, H, N, D).
 
     For rows of this size torch's CPU kernel has a far slower backward than the lines
-    below; everywhere else its kernels win.
+    below; everywhere else its kernels win. The g queries of a key head are taken as
+    more rows of one product, so that no key is copied.
     """
+    scale = scale or query.shape[-1] ** -0.5
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    bias = bias.to(query.dtype)
     if not _slow_backward(query):
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
         )
-    scores = (query * scale) @ key.transpose(-1, -2)
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return F.dropout(weights, dropout, training=dropout > 0) @ value
+    rows = (query * scale).reshape(batch, key.shape[1], groups * length, -1)
+    scores = (rows @ key.transpose(-1, -2)).unflatten(2, (groups, length))
+    weights = (scores + bias.unsqueeze(-3)).softmax(-1, dtype=torch.float32)
+    weights = F.dropout(weights.to(value.dtype), dropout, training=dropout > 0)
+    return (weights.flatten(2, 3) @ value).view(query.shape)
 
 
 def _slow_backward(query: Tensor) -> bool:
@@ -230,14 +268,6 @@ def use_fast_backward(model: PreTrainedModel) -> None:
         model.set_attn_implementation(SHARED_PREFIX)
 
 
-def _response_tokens(
-    x: Tensor, layout: PrefixLayout, rows: int, longest: int
-) -> Tensor:
-    """(B, H, T, D) → (B·K, H, N, D): every response as a row of its own."""
-    tokens = x.transpose(1, 2).flatten(0, 1).index_select(0, layout.gather)
-    return tokens.view(-1, longest, *tokens.shape[1:]).transpose(1, 2)
-
-
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
 
@@ -247,13 +277,21 @@ class RankingScorer(nn.Module):
 
     Everything trainable happens in `forward`, so DDP and autocast see all of it. A model
     loaded with sdpa attention is switched to `shared_prefix_attention`, which is sdpa for
-    every other use of the model; eager keeps a dense mask.
+    every other use of the model, and computes no padding: the real tokens of all rows
+    pass as one row. eager keeps padded rows and a dense mask.
+
+    With `num_layers_unfrozen` the frozen layers below may run apart (`trunk_states`), so
+    that their result can be kept from one epoch to the next.
     """
 
-    def __init__(self, reward_model: PreTrainedModel):
+    def __init__(
+        self, reward_model: PreTrainedModel, num_layers_unfrozen: int | None = None
+    ):
         super().__init__()
-        self.reward_model = reward_model
         use_fast_backward(reward_model)
+        self.reward_model = reward_model
+        # In a tuple, so that the shared layers are not registered (and saved) twice.
+        self._halves = try_split_trunk(reward_model, num_layers_unfrozen)
 
     @property
     def config(self):
@@ -265,121 +303,66 @@ class RankingScorer(nn.Module):
         position_ids: Tensor,
         segment_ids: Tensor,
         ends: Tensor,
+        trunk_states: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) packed rows and (B, K) `ends` → (B, K) scores, NaN where `ends` < 0."""
-        trunk, layout = self.reward_model.base_model, {}
+        """(B, T) packed rows and (B, K) `ends` → (B, K) scores, NaN where `ends` < 0.
+
+        `trunk_states` (real tokens, H), from the method of that name, stand for the
+        frozen layers.
+        """
+        trunk = self.reward_model.base_model
+        start = {"input_ids": input_ids}
+        if trunk_states is not None:
+            trunk, start = self._halves[1], {"inputs_embeds": trunk_states[None]}
         if self.config._attn_implementation == SHARED_PREFIX:
-            layout["layout"] = prefix_layout(segment_ids, ends)
-        hidden = trunk(
-            input_ids=input_ids,
-            attention_mask=attention_mask_for(trunk, segment_ids),
-            position_ids=position_ids,
+            states, last = self._flat(trunk, start, position_ids, segment_ids, ends)
+            hidden = states[last]
+        else:
+            mask = attention_mask_for(trunk, segment_ids)
+            rest = {"position_ids": position_ids, "use_cache": False}
+            states = trunk(**start, attention_mask=mask, **rest).last_hidden_state
+            rows = torch.arange(len(ends), device=ends.device)[:, None]
+            hidden = states[rows, ends.clamp(min=0)][ends >= 0]
+        scores = reward_head(self.reward_model, hidden)
+        return torch.full_like(ends, torch.nan, dtype=scores.dtype).masked_scatter(
+            ends >= 0, scores
+        )
+
+    def _flat(self, trunk, start, position_ids, segment_ids, ends):
+        """(real tokens, H) last hidden states, and where the M responses end in them."""
+        mask = attention_mask_for(trunk, segment_ids)
+        real = segment_ids != PADDING
+        if "input_ids" in start:
+            start = {"input_ids": start["input_ids"][real][None]}
+        layout = prefix_layout(segment_ids, ends)
+        out = trunk(
+            **start,
+            attention_mask=mask,
+            position_ids=position_ids[real][None],
             use_cache=False,
-            **layout,
-        ).last_hidden_state
-        rows = torch.arange(len(ends), device=ends.device)[:, None]
-        scores = reward_head(self.reward_model, hidden[rows, ends.clamp(min=0)])
-        return scores.masked_fill(ends < 0, float("nan"))
+            layout=layout,
+        )
+        return out.last_hidden_state[0], layout.ends
+
+    @torch.no_grad()
+    def trunk_states(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, ends: Tensor
+    ) -> Tensor:
+        """(real tokens, H) states below the trained layers, rows one after another."""
+        rest = (position_ids, segment_ids, ends)
+        return self._flat(self.frozen_half, {"input_ids": input_ids}, *rest)[0]
+
+    @property
+    def frozen_half(self) -> PreTrainedModel:
+        """The layers whose result `trunk_states` gives."""
+        return self._halves[0]
+
+    @property
+    def can_split(self) -> bool:
+        """Whether `trunk_states` may be computed apart and kept."""
+        return self._halves is not None and (
+            self.config._attn_implementation == SHARED_PREFIX
+        )
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
         self.reward_model.gradient_checkpointing_enable(**kwargs)
-
-
-def freeze_below(model: PreTrainedModel, num_layers_unfrozen: int | None) -> int:
-    """Freeze the embeddings and all but the last N layers; return how many are frozen.
-
-    The final norm and a head that is not tied to the embeddings stay trainable. None
-    trains everything. Raises ValueError outside 1 … L.
-    """
-    layers = model.base_model.layers
-    if num_layers_unfrozen is None:
-        return 0
-    if not 1 <= num_layers_unfrozen <= len(layers):
-        raise ValueError(
-            f"num_layers_unfrozen={num_layers_unfrozen}: this model has {len(layers)} "
-            "layers; give 1 to that many, or None for all parameters"
-        )
-    frozen = len(layers) - num_layers_unfrozen
-    for module in (model.get_input_embeddings(), *layers[:frozen]):
-        module.requires_grad_(False)
-    return frozen
-
-
-def split_trunk(
-    model: PreTrainedModel, num_layers_unfrozen: int
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Two halves of a model's trunk: upper(inputs_embeds=lower(ids)) = the whole trunk.
-
-    Both halves share the original's layers (training one trains the other). Keep them out
-    of registered submodules, or their parameters would be saved twice. Raises ValueError
-    for an architecture whose halves do not reproduce the whole.
-    """
-    trunk = model.base_model
-    cut = len(trunk.layers) - num_layers_unfrozen
-    lower = _half(trunk, slice(0, cut), norm=nn.Identity())
-    upper = _half(trunk, slice(cut, None), embed_tokens=nn.Identity())
-    _verify_split(trunk, lower, upper)
-    return lower, upper
-
-
-def _half(trunk: PreTrainedModel, part: slice, **replaced: nn.Module):
-    """A shallow copy of `trunk`: only the layers of `part`, some modules replaced."""
-    half = copy.copy(trunk)
-    layers = nn.ModuleList(trunk.layers[part])
-    # A shallow copy shares this dict: changing it in place would cut the original.
-    half._modules = {**trunk._modules, **replaced, "layers": layers}
-    half.config = copy.deepcopy(trunk.config)
-    half.config.num_hidden_layers = len(half.layers)
-    half.config.use_cache = False
-    if getattr(trunk.config, "layer_types", None):
-        half.config.layer_types = trunk.config.layer_types[part]
-    return half
-
-
-def _verify_split(trunk, lower, upper) -> None:
-    """Raise ValueError unless the halves give the hidden states of the whole."""
-    models = (trunk, lower, upper)
-    was_training = trunk.training
-    device = trunk.get_input_embeddings().weight.device
-    ids = torch.arange(12, device=device)[None] % trunk.config.vocab_size
-    for model in models:
-        model.eval()
-    with torch.no_grad(), _narrow_windows([model.config for model in models], 8):
-        whole = trunk(ids, use_cache=False).last_hidden_state
-        middle = lower(ids).last_hidden_state
-        halves = upper(inputs_embeds=middle).last_hidden_state
-    for model in models:
-        model.train(was_training)
-    if not torch.allclose(whole, halves, rtol=1e-3, atol=1e-4):
-        gap = (whole - halves).abs().max().item()
-        raise ValueError(
-            f"{type(trunk).__name__} cannot be split into a frozen trunk and a top "
-            f"(hidden states differ by {gap:.2g})"
-        )
-
-
-@contextlib.contextmanager
-def _narrow_windows(configs: list, width: int) -> Iterator[None]:
-    """Make sliding windows so short that a few tokens show how a model treats them."""
-    windowed = [c for c in configs if getattr(c, "sliding_window", None)]
-    before = [config.sliding_window for config in windowed]
-    for config in windowed:
-        config.sliding_window = width
-    try:
-        yield
-    finally:
-        for config, window in zip(windowed, before, strict=True):
-            config.sliding_window = window
-
-
-def try_split_trunk(model: PreTrainedModel, num_layers_unfrozen: int | None):
-    """`split_trunk`, or None with a warning where the architecture does not allow it."""
-    if num_layers_unfrozen is None or num_layers_unfrozen >= len(
-        model.base_model.layers
-    ):
-        return None
-    try:
-        return split_trunk(model, num_layers_unfrozen)
-    except (ValueError, AttributeError) as error:
-        warnings.warn(f"no frozen-trunk split: {error}", stacklevel=2)
-        return None

@@ -27,7 +27,7 @@ from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
 RECIPES = Path(__file__).with_suffix("")
 # Modules whose code decides the weights: a change in one makes artefacts anew.
 TRAINING_CODE = [
-    *("chat", "rankings", "models", "prefix", "rollouts"),
+    *("chat", "rankings", "models", "trunk", "prefix", "rollouts"),
     *("losses", "scoring", "reward", "objectives", "apa"),
 ]
 FIGURES_MIME = "application/vnd.starling.figures+json"

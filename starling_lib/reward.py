@@ -6,6 +6,9 @@ it is made of stands in `losses`, `metrics` and `scoring`; their names are here 
 
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +21,15 @@ from starling_lib.checkpoints import (
     check_arguments,
     machine_defaults,
 )
-from starling_lib.losses import kwise_loss, pairwise_loss
+from starling_lib.losses import (
+    best_worst_loss,
+    centering_penalty,
+    kwise_loss,
+    pairwise_loss,
+)
 from starling_lib.metrics import accuracy_by_gap, reward_metrics
-from starling_lib.models import load_reward_model, load_tokenizer
-from starling_lib.prefix import RankingScorer, freeze_below, stack_rankings
+from starling_lib.models import inference, load_reward_model, load_tokenizer
+from starling_lib.prefix import RankingScorer, stack_rankings
 from starling_lib.rankings import map_rows
 from starling_lib.scoring import (
     encode_ranking,
@@ -29,11 +37,17 @@ from starling_lib.scoring import (
     reward_tokenizer,
     score_responses,
 )
+from starling_lib.trunk import TrunkCache, add_adapters, freeze_below
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 __all__ = [
     "KwiseRewardConfig",
     "KwiseRewardTrainer",
     "accuracy_by_gap",
+    "best_worst_loss",
+    "centering_penalty",
     "encode_ranking",
     "encode_response",
     "kwise_loss",
@@ -43,7 +57,12 @@ __all__ = [
     "score_responses",
 ]
 
-LOSSES = {"kwise": kwise_loss, "pairwise": pairwise_loss}
+LOSSES = {
+    "kwise": kwise_loss,
+    "pairwise": pairwise_loss,
+    "best_worst": best_worst_loss,
+}
+TOKEN_FIELDS = ("input_ids", "position_ids", "segment_ids", "ends")
 
 
 @dataclass
@@ -60,13 +79,29 @@ class KwiseRewardConfig(TrainingArguments):
     )
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
     loss_type: str = field(
-        default="kwise", metadata={"help": "'kwise' (MLE_K) or 'pairwise' (MLE_2)."}
+        default="kwise",
+        metadata={"help": "'kwise' (MLE_K), 'pairwise' (MLE_2) or 'best_worst'."},
+    )
+    loss_top: int | None = field(
+        default=None, metadata={"help": "Only the first m picks of 'kwise'; None: all."}
+    )
+    center_rewards_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of (mean score of a row)²."}
     )
     num_layers_unfrozen: int | None = field(
         default=None, metadata={"help": "Train only the last N layers; None: all."}
     )
     max_length: int = field(
         default=2048, metadata={"help": "Tokens of a prompt and one response; 0: any."}
+    )
+    cache_trunk: bool = field(
+        default=False, metadata={"help": "Keep the frozen layers' states on disk."}
+    )
+    trunk_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where; None: in output_dir."}
+    )
+    trunk_cache_gb: float = field(
+        default=20.0, metadata={"help": "Refuse a cache larger than this."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: rows are packed by us."}
@@ -79,6 +114,19 @@ class KwiseRewardConfig(TrainingArguments):
         if self.loss_type not in LOSSES:
             raise ValueError(
                 f"loss_type={self.loss_type!r}: choose from {list(LOSSES)}"
+            )
+        if self.loss_top is not None and (self.loss_type, self.loss_top < 1) != (
+            "kwise",
+            False,
+        ):
+            raise ValueError(
+                f"loss_top={self.loss_top} with loss_type={self.loss_type!r}: give a "
+                "positive number with 'kwise', or None"
+            )
+        if self.cache_trunk and self.num_layers_unfrozen is None:
+            raise ValueError(
+                "cache_trunk=True keeps the frozen layers' states, but all layers are "
+                "trained: set num_layers_unfrozen"
             )
         super().__post_init__()
         check_arguments(self)
@@ -94,8 +142,10 @@ class KwiseRewardTrainer(WrappedModelTrainer):
 
     `model`: a sequence-classification model with one label, or a name for
     `load_reward_model`. `train_dataset` and `eval_dataset`: rows of `load_rankings`
-    (`prompt`, `responses` best first, optional `finished`). Saves and resumes as
-    `AutoModelForSequenceClassification`.
+    (`prompt`, `responses` best first, optional `finished`, `ranks` that may tie, and a
+    `weight` in the loss). `peft_config`: train adapters (LoRA), in the last
+    `num_layers_unfrozen` layers or in all. Saves and resumes as
+    `AutoModelForSequenceClassification`, or as peft's adapters.
     """
 
     def __init__(
@@ -107,6 +157,7 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks=None,
         optimizers=(None, None),
+        peft_config: "PeftConfig | None" = None,
     ):
         args = args or KwiseRewardConfig.for_this_machine(output_dir="reward-model")
         if isinstance(model, str):
@@ -114,16 +165,24 @@ class KwiseRewardTrainer(WrappedModelTrainer):
             model = load_reward_model(model, processing_class, args.seed)
         if processing_class is None:
             raise ValueError("give the tokenizer as processing_class")
-        self.loss_function = LOSSES[args.loss_type]
-        freeze_below(model, args.num_layers_unfrozen)
+        self.loss_function = _loss_function(args)
+        if peft_config is None:
+            freeze_below(model, args.num_layers_unfrozen)
+            self.peft_model = None
+        else:
+            self.peft_model = add_adapters(model, peft_config, args.num_layers_unfrozen)
         tokenizer = reward_tokenizer(processing_class)
         self.responses = _most_responses(train_dataset, eval_dataset)
+        scorer = RankingScorer(model, args.num_layers_unfrozen)
+        train_rows = _encode_rows(train_dataset, tokenizer, args.max_length)
+        eval_rows = _encode_rows(eval_dataset, tokenizer, args.max_length)
+        self.trunk_cache = _open_cache(args, scorer, train_rows, eval_rows)
         super().__init__(
-            model=RankingScorer(model),
+            model=scorer,
             args=args,
             data_collator=self._collate,
-            train_dataset=_encode_rows(train_dataset, tokenizer, args.max_length),
-            eval_dataset=_encode_rows(eval_dataset, tokenizer, args.max_length),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -132,24 +191,58 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         self.loss_is_scaled_for_ga = False
 
     def inner_model(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model).reward_model
+        return self.peft_model or self._scorer.reward_model
+
+    @property
+    def _scorer(self) -> RankingScorer:
+        return self.accelerator.unwrap_model(self.model)
+
+    # --- data
 
     def _collate(self, rows: list[dict]) -> dict[str, Tensor]:
-        """Packed tensors, and `lengths` (B, K) padded to the data's largest K."""
+        """Packed tensors; what the loss reads is (B, K) for the data's largest K."""
         batch = stack_rankings(rows, self.processing_class.pad_token_id)
         missing = self.responses - batch["ends"].shape[1]
         batch["ends"] = F.pad(batch["ends"], (0, missing), value=-1)
-        lengths = [row["lengths"] + [0] * self.responses for row in rows]
-        batch["lengths"] = torch.tensor([x[: self.responses] for x in lengths])
+        for name in ("lengths", "ranks"):
+            values = [row[name] + [0] * self.responses for row in rows]
+            batch[name] = torch.tensor([x[: self.responses] for x in values])
+        batch["weight"] = torch.tensor([row["weight"] for row in rows])
+        if self.trunk_cache is not None:
+            states = [self.trunk_cache.get(row) for row in rows]
+            if all(x is not None for x in states):
+                batch["trunk_states"] = torch.cat(states)
         return batch
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs on the device; the first time, the frozen layers' states are kept."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.trunk_cache is None or "trunk_states" in inputs:
+            return inputs
+        tokens = {name: inputs[name] for name in TOKEN_FIELDS}
+        with inference(self._scorer, self.accelerator.autocast()):
+            states = self._scorer.trunk_states(**tokens)
+        real = inputs["segment_ids"] >= 0
+        parts = states.split(real.sum(1).tolist())
+        for i, part in enumerate(parts):
+            names = ("input_ids", "segment_ids")
+            row = {name: inputs[name][i][real[i]].tolist() for name in names}
+            self.trunk_cache.put(row, part)
+        return {**inputs, "trunk_states": states}
+
+    # --- loss
 
     def compute_loss(
         self, model, inputs, return_outputs=False, num_items_in_batch=None
     ):
-        inputs = {k: v for k, v in inputs.items() if k != "lengths"}
-        scores = model(**inputs)
-        mask = inputs["ends"] >= 0
-        loss = self.loss_function(torch.where(mask, scores, 0), mask)
+        names = (*TOKEN_FIELDS, "trunk_states")
+        scores = model(**{name: inputs[name] for name in names if name in inputs})
+        mask, ranks = inputs["ends"] >= 0, inputs["ranks"]
+        tied = ((ranks[:, 1:] == ranks[:, :-1]) & mask[:, 1:]).any()
+        known, weight = torch.where(mask, scores, 0), inputs["weight"]
+        loss = self.loss_function(known, mask, weight, ranks=ranks if tied else None)
+        if coefficient := self.args.center_rewards_coefficient:
+            loss = loss + coefficient * centering_penalty(known, mask, weight)
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -169,6 +262,25 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         return torch.as_tensor(self.predict(rows).predictions)
 
 
+def _loss_function(args: KwiseRewardConfig):
+    top = {} if args.loss_top is None else {"top": args.loss_top}
+    return partial(LOSSES[args.loss_type], **top)
+
+
+def _open_cache(args, scorer: RankingScorer, *datasets) -> TrunkCache | None:
+    """The cache that `args` ask for; None, with a warning, where the model has no split."""
+    if not args.cache_trunk:
+        return None
+    if not scorer.can_split:
+        warnings.warn("cache_trunk: this model has no split: no cache", stacklevel=3)
+        return None
+    folder = args.trunk_cache_dir or Path(args.output_dir) / "trunk-cache"
+    cache = TrunkCache(folder, scorer.frozen_half, args.trunk_cache_gb)
+    rows = [ids for data in datasets if data is not None for ids in data["input_ids"]]
+    cache.check_size(sum(map(len, rows)))
+    return cache
+
+
 def _most_responses(*datasets: Dataset | None) -> int:
     """The largest K in the data sets; `ends` are padded to it so that batches agree."""
     sets = [d for d in datasets if d is not None]
@@ -180,12 +292,21 @@ def _encode_rows(dataset: Dataset | None, tokenizer, max_length: int) -> Dataset
     if dataset is None:
         return None
     options = {"tokenizer": tokenizer, "max_length": max_length}
-    rows = map_rows(
-        dataset, encode_ranking, fn_kwargs=options, desc="encoding rankings"
-    )
+    rows = map_rows(dataset, _encode_row, fn_kwargs=options, desc="encoding rankings")
     kept = [i for i, ends in enumerate(rows["ends"]) if len(ends) > 1]
     if len(kept) < len(rows):
         lost = len(rows) - len(kept)
         warnings.warn(f"{lost} rows rank a single response: left out", stacklevel=3)
         rows = rows.select(kept)
     return rows
+
+
+def _encode_row(row: dict, tokenizer, max_length: int) -> dict:
+    """`encode_ranking` with what the loss reads beside the scores."""
+    ranks = row.get("ranks") or list(range(1, len(row["responses"]) + 1))
+    weight = row.get("weight")
+    return {
+        **encode_ranking(row, tokenizer, max_length),
+        "ranks": [float(rank) for rank in ranks],
+        "weight": 1.0 if weight is None else float(weight),
+    }

@@ -74,3 +74,15 @@ def toy_rankings():
     from datasets import Dataset
 
     return Dataset.from_list(toy_rows())
+
+
+def mistral(kind=None, sliding_window=None, **changes):
+    """A small random model of an architecture with sliding windows."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 64}
+    config = MistralConfig(**sizes, sliding_window=sliding_window, **changes)
+    return (kind or MistralForCausalLM)(config).eval()

@@ -1,4 +1,4 @@
-"""Shared-prefix rows against separate forwards; halves of a trunk against the whole."""
+"""Shared-prefix rows against separate forwards."""
 
 import copy
 
@@ -6,25 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    MistralConfig,
-    MistralForCausalLM,
-    MistralForSequenceClassification,
-)
+from transformers import MistralForSequenceClassification
 
-from starling_lib import prefix
-from starling_lib.apa import ActorCritic
-from starling_lib.models import autocast, reward_head, tiny_model
+from starling_lib.models import autocast, reward_head
 from starling_lib.prefix import (
     SHARED_PREFIX,
     RankingScorer,
-    freeze_below,
     pack_ranking,
     segment_mask,
-    split_trunk,
     stack_rankings,
-    try_split_trunk,
 )
+from tests.conftest import mistral
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -139,6 +131,16 @@ def test_scores_do_not_depend_on_the_batch(reward_model, attention):
         assert torch.allclose(together[i, :width], alone[0], atol=1e-5)
 
 
+def test_padding_is_not_computed(reward_model):
+    """Rows of 11, 16 and 7 tokens pass as one row of 34 instead of three of 16."""
+    scorer, shapes = RankingScorer(reward_model), []
+    reward_model.model.layers[0].register_forward_pre_hook(
+        lambda _, args: shapes.append(tuple(args[0].shape[:2]))
+    )
+    scorer(**pack_all())
+    assert shapes == [(1, 12 + 16 + 7)]
+
+
 def test_order_of_responses_does_not_matter(reward_model):
     prompt, responses = RANKINGS[0]
     scorer = RankingScorer(reward_model)
@@ -195,14 +197,6 @@ def test_other_attention_is_refused(reward_model):
         scorer(**pack_all())
 
 
-def mistral(kind=MistralForCausalLM, sliding_window=None, **changes):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 64}
-    config = MistralConfig(**sizes, sliding_window=sliding_window, **changes)
-    return kind(config).eval()
-
-
 def test_a_response_out_of_sight_of_its_prompt_is_refused():
     """A packed row may be longer than the window; a prompt with one response may not."""
     model = mistral(MistralForSequenceClassification, sliding_window=8, num_labels=1)
@@ -212,145 +206,3 @@ def test_a_response_out_of_sight_of_its_prompt_is_refused():
     assert torch.allclose(scores, separate_scores(model, near), atol=1e-4)
     with pytest.raises(ValueError, match="9 tokens, .* sliding window of 8"):
         scorer(**pack_all([*near, ([5, 6], [[8] * 7, [9]])]))
-
-
-# --- freezing
-
-
-def test_freeze_below_leaves_the_top_trainable(policy):
-    assert freeze_below(policy, 1) == 1
-    trainable = {n for n, p in policy.named_parameters() if p.requires_grad}
-    assert all(n.startswith(("model.layers.1.", "model.norm")) for n in trainable)
-    assert "model.norm.weight" in trainable and len(trainable) == 10
-
-
-def test_freeze_below_keeps_an_untied_head_trainable(reward_model):
-    freeze_below(reward_model, 2)
-    frozen = [n for n, p in reward_model.named_parameters() if not p.requires_grad]
-    assert frozen == ["model.embed_tokens.weight"]
-
-
-def test_freeze_below_none_trains_everything(policy):
-    assert freeze_below(policy, None) == 0
-    assert all(p.requires_grad for p in policy.parameters())
-
-
-@pytest.mark.parametrize("layers", [0, 3, -1])
-def test_freeze_below_checks_its_range(policy, layers):
-    with pytest.raises(ValueError, match=f"={layers}: this model has 2 layers"):
-        freeze_below(policy, layers)
-
-
-# --- the split
-
-
-@pytest.fixture
-def padded():
-    """Left-padded ids with positions from the mask."""
-    ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(1))
-    mask = torch.arange(9) >= torch.tensor([[0], [4], [7]])
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return ids, mask, {"attention_mask": mask.long(), "position_ids": positions}
-
-
-@pytest.mark.parametrize("make", [tiny_model, mistral])
-def test_the_halves_make_the_whole(make, padded):
-    ids, mask, rest = padded
-    model = make()
-    lower, upper = split_trunk(model, 1)
-    whole = model.base_model(ids, **rest).last_hidden_state
-    halves = upper(
-        inputs_embeds=lower(ids, **rest).last_hidden_state, **rest
-    ).last_hidden_state
-    assert torch.allclose(whole[mask], halves[mask], atol=1e-5)
-
-
-def test_a_split_respects_sliding_windows(padded):
-    model = mistral(sliding_window=4)
-    lower, upper = split_trunk(model, 2)
-    ids, rest = padded[0], {}
-    whole = model.base_model(ids, **rest).last_hidden_state
-    halves = upper(inputs_embeds=lower(ids).last_hidden_state).last_hidden_state
-    assert torch.allclose(whole, halves, atol=1e-5)
-
-
-def test_checking_a_split_is_cheap_and_leaves_the_window_alone():
-    model = mistral(sliding_window=4096)
-    lengths = []
-    model.model.layers[0].register_forward_pre_hook(
-        lambda _, args: lengths.append(args[0].shape[1])
-    )
-    lower, upper = split_trunk(model, 2)
-    assert max(lengths) <= 16
-    windows = [m.config.sliding_window for m in (model, lower, upper)]
-    assert windows == [4096] * 3
-
-
-def test_a_half_that_forgets_the_window_is_refused(monkeypatch):
-    half = prefix._half
-
-    def forgetful(*args, **kwargs):
-        made = half(*args, **kwargs)
-        made.config.sliding_window = None
-        return made
-
-    monkeypatch.setattr(prefix, "_half", forgetful)
-    with pytest.raises(ValueError, match="cannot be split"):
-        split_trunk(mistral(sliding_window=4096), 2)
-
-
-def test_splitting_does_not_cut_the_original(policy):
-    keys, config = list(policy.state_dict()), policy.config.to_dict()
-    logits = policy(torch.tensor([[5, 6, 7]])).logits
-    lower, upper = split_trunk(policy, 1)
-    assert len(policy.model.layers) == 2 and len(lower.layers) == len(upper.layers) == 1
-    assert list(policy.state_dict()) == keys and policy.config.to_dict() == config
-    assert torch.equal(policy(torch.tensor([[5, 6, 7]])).logits, logits)
-
-
-def test_training_the_top_trains_the_original(policy):
-    before = copy.deepcopy(policy.state_dict())
-    freeze_below(policy, 1)
-    lower, upper = split_trunk(policy, 1)
-    states = lower(torch.tensor([[5, 6, 7]])).last_hidden_state
-    assert not states.requires_grad
-    upper(inputs_embeds=states).last_hidden_state.square().sum().backward()
-    trainable = [p for p in policy.parameters() if p.requires_grad]
-    torch.optim.SGD(trainable, lr=0.1).step()
-    changed = {
-        name
-        for name, value in policy.state_dict().items()
-        if not torch.equal(value, before[name])
-    }
-    assert changed and all(
-        n.startswith(("model.layers.1", "model.norm")) for n in changed
-    )
-
-
-def test_a_module_with_halves_saves_every_parameter_once(policy):
-    parameters = set(policy.state_dict())
-    module = ActorCritic(policy, num_layers_unfrozen=1)
-    module.frozen_reference()
-    names = {n.removeprefix("policy.") for n in module.state_dict()}
-    assert {n for n in names if not n.startswith("value_head.")} == parameters
-
-
-def test_no_split_where_all_layers_are_trained(policy):
-    assert try_split_trunk(policy, None) is None
-    assert try_split_trunk(policy, 2) is None
-
-
-def test_an_architecture_that_cannot_be_split_falls_back(policy):
-    """A trunk that treats `inputs_embeds` otherwise than its own embeddings."""
-
-    class Scaled(type(policy.model)):
-        def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
-            if inputs_embeds is None:
-                inputs_embeds = self.embed_tokens(input_ids)
-            return super().forward(inputs_embeds=8 * inputs_embeds, **kwargs)
-
-    policy.model.__class__ = Scaled
-    with pytest.raises(ValueError, match="Scaled cannot be split .* differ by"):
-        split_trunk(policy, 1)
-    with pytest.warns(UserWarning, match="no frozen-trunk split: Scaled"):
-        assert try_split_trunk(policy, 1) is None

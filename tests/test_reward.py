@@ -11,6 +11,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from peft import LoraConfig
 from scipy.stats import kendalltau
 from transformers import (
     AutoModelForSequenceClassification,
@@ -21,6 +22,8 @@ from transformers import (
 )
 from trl.data_utils import apply_chat_template
 
+from starling_lib.models import load_reward_model
+from starling_lib.prefix import RankingScorer
 from starling_lib.reward import (
     KwiseRewardConfig,
     KwiseRewardTrainer,
@@ -34,6 +37,7 @@ from starling_lib.reward import (
     score_responses,
 )
 from starling_lib.rollouts import encode_prompt
+from tests.conftest import toy_rows
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -329,13 +333,16 @@ def config(folder, **changes) -> KwiseRewardConfig:
     return KwiseRewardConfig.for_this_machine(**{**arguments, **changes})
 
 
-def make_trainer(folder, model, tokenizer, rankings, evaluate=None, **changes):
+def make_trainer(
+    folder, model, tokenizer, rankings, evaluate=None, peft_config=None, **changes
+):
     return KwiseRewardTrainer(
         model=copy.deepcopy(model),
         args=config(folder, **changes),
         train_dataset=rankings,
         eval_dataset=evaluate,
         processing_class=tokenizer,
+        peft_config=peft_config,
     )
 
 
@@ -595,6 +602,143 @@ def test_precision_follows_the_machine(
     trainer.train()
     assert seen == [torch.bfloat16]
     assert all(p.dtype == torch.float32 for p in trainer.inner_model().parameters())
+
+
+# --- what the loss reads beside the scores
+
+
+def first_loss(folder, model, tokenizer, rows, **changes):
+    trainer = make_trainer(folder, model, tokenizer, Dataset.from_list(rows), **changes)
+    batch = trainer._collate(list(trainer.train_dataset))
+    with torch.no_grad():
+        loss, scores = trainer.compute_loss(trainer.model.eval(), batch, True)
+    return loss, scores
+
+
+def test_ties_and_weights_of_the_rows_reach_the_loss(reward_model, tokenizer, tmp_path):
+    rows = [
+        {**row, "ranks": [1.0, 2.0, 2.0, 4.0], "weight": float(i)}
+        for i, row in enumerate(toy_rows()[:3])
+    ]
+    loss, scores = first_loss(tmp_path, reward_model, tokenizer, rows)
+    swapped = scores[:, [0, 2, 1, 3]]
+    both = [
+        torch.stack([kwise_loss(row[None]) for row in order])
+        for order in (scores, swapped)
+    ]
+    expected = (sum(both) / 2 * torch.tensor([0.0, 1.0, 2.0])).sum() / 3
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"loss_type": "best_worst"}, lambda s: pairwise_loss(s[:, [0, -1]])),
+        ({"loss_top": 1}, lambda s: (s.logsumexp(1) - s[:, 0]).mean()),
+        (
+            {"center_rewards_coefficient": 3.0},
+            lambda s: kwise_loss(s) + 3 * (s.mean(1) ** 2).mean(),
+        ),
+    ],
+)
+def test_losses_of_the_config(reward_model, tokenizer, tmp_path, changes, expected):
+    loss, scores = first_loss(tmp_path, reward_model, tokenizer, toy_rows(), **changes)
+    assert loss == pytest.approx(expected(scores).item(), rel=1e-5)
+
+
+# --- the cached trunk
+
+
+def test_a_cached_trunk_changes_nothing_and_is_computed_once(
+    reward_model, tokenizer, toy_rankings, tmp_path, monkeypatch
+):
+    """Bit for bit the same weights, and three epochs ask the frozen layers once a row."""
+    calls = []
+    compute = RankingScorer.trunk_states
+
+    def counted(self, **tokens):
+        calls.append(len(tokens["ends"]))
+        return compute(self, **tokens)
+
+    monkeypatch.setattr(RankingScorer, "trunk_states", counted)
+    arguments = {"num_layers_unfrozen": 1, "max_steps": -1, "num_train_epochs": 3}
+    arguments |= {"per_device_train_batch_size": 5, "dataloader_prefetch_factor": None}
+    plain = make_trainer(
+        tmp_path / "plain", reward_model, tokenizer, toy_rankings, **arguments
+    )
+    plain.train()
+    assert not calls
+    arguments["cache_trunk"] = True
+    cached = make_trainer(
+        tmp_path / "cached", reward_model, tokenizer, toy_rankings, **arguments
+    )
+    cached.train()
+    assert sum(calls) == len(toy_rankings)
+    assert same(weights(plain), weights(cached), atol=1e-6)
+    files = list((tmp_path / "cached" / "trunk-cache").rglob("*.safetensors"))
+    assert len(files) == len(toy_rankings)
+
+
+def test_a_cache_needs_frozen_layers(tmp_path):
+    with pytest.raises(ValueError, match="all layers are trained: set num_layers"):
+        config(tmp_path, cache_trunk=True)
+
+
+def test_a_cache_too_large_is_refused_before_training(
+    reward_model, tokenizer, toy_rankings, tmp_path
+):
+    with pytest.raises(ValueError, match="trunk_cache_gb=1e-09"):
+        make_trainer(
+            tmp_path,
+            reward_model,
+            tokenizer,
+            toy_rankings,
+            cache_trunk=True,
+            num_layers_unfrozen=1,
+            trunk_cache_gb=1e-9,
+        )
+
+
+# --- adapters
+
+
+def test_lora_is_trained_resumed_and_read_again(
+    reward_model, tokenizer, toy_rankings, tmp_path
+):
+    reward_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def adapted(folder):
+        return make_trainer(
+            folder,
+            load_reward_model(tmp_path / "base"),
+            tokenizer,
+            toy_rankings,
+            peft_config=LoraConfig(r=2, task_type="SEQ_CLS"),
+            **arguments,
+        )
+
+    whole = adapted(tmp_path / "whole")
+    whole.train()
+    moved = {n for n, p in whole.model.named_parameters() if p.requires_grad}
+    assert moved and all("lora" in n or "score" in n for n in moved)
+    second = adapted(tmp_path / "parts")
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same(weights(whole), weights(second))
+    whole.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+    again = load_reward_model(tmp_path / "saved")
+    prompts, responses = [row["prompt"] for row in toy_rows()], ["aa"] * 10
+    expected = score_responses(
+        whole.model.reward_model, whole.processing_class, prompts, responses
+    )
+    found = score_responses(again, whole.processing_class, prompts, responses)
+    start = score_responses(
+        load_reward_model(tmp_path / "base"), whole.processing_class, prompts, responses
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, start, atol=1e-4)
 
 
 # --- bad input

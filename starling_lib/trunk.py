@@ -1,0 +1,213 @@
+"""Which layers are trained, and what to do with the frozen ones below them.
+
+A frozen trunk gives the same hidden states every time: run it apart from the trained top
+(`split_trunk`) and keep what it gave (`TrunkCache`). Knows: the layers of a model, files
+of hidden states. Does not know: losses, text, trainers.
+"""
+
+import contextlib
+import copy
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from starling_lib.models import precision
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+def freeze_below(model: PreTrainedModel, num_layers_unfrozen: int | None) -> int:
+    """Freeze the embeddings and all but the last N layers; return how many are frozen.
+
+    The final norm and a head that is not tied to the embeddings stay trainable. None
+    trains everything. Raises ValueError outside 1 … L.
+    """
+    layers = model.base_model.layers
+    if num_layers_unfrozen is None:
+        return 0
+    if not 1 <= num_layers_unfrozen <= len(layers):
+        raise ValueError(
+            f"num_layers_unfrozen={num_layers_unfrozen}: this model has {len(layers)} "
+            "layers; give 1 to that many, or None for all parameters"
+        )
+    frozen = len(layers) - num_layers_unfrozen
+    for module in (model.get_input_embeddings(), *layers[:frozen]):
+        module.requires_grad_(False)
+    return frozen
+
+
+def split_trunk(
+    model: PreTrainedModel, num_layers_unfrozen: int
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two halves of a model's trunk: upper(inputs_embeds=lower(ids)) = the whole trunk.
+
+    Both halves share the original's layers (training one trains the other). Keep them out
+    of registered submodules, or their parameters would be saved twice. Raises ValueError
+    for an architecture whose halves do not reproduce the whole.
+    """
+    trunk = model.base_model
+    cut = len(trunk.layers) - num_layers_unfrozen
+    lower = _half(trunk, slice(0, cut), norm=nn.Identity())
+    upper = _half(trunk, slice(cut, None), embed_tokens=nn.Identity())
+    _verify_split(trunk, lower, upper)
+    return lower, upper
+
+
+def _half(trunk: PreTrainedModel, part: slice, **replaced: nn.Module):
+    """A shallow copy of `trunk`: only the layers of `part`, some modules replaced."""
+    half = copy.copy(trunk)
+    layers = nn.ModuleList(trunk.layers[part])
+    # A shallow copy shares this dict: changing it in place would cut the original.
+    half._modules = {**trunk._modules, **replaced, "layers": layers}
+    half.config = copy.deepcopy(trunk.config)
+    half.config.num_hidden_layers = len(half.layers)
+    half.config.use_cache = False
+    if getattr(trunk.config, "layer_types", None):
+        half.config.layer_types = trunk.config.layer_types[part]
+    return half
+
+
+def _verify_split(trunk, lower, upper) -> None:
+    """Raise ValueError unless the halves give the hidden states of the whole."""
+    models = (trunk, lower, upper)
+    was_training = trunk.training
+    device = trunk.get_input_embeddings().weight.device
+    ids = torch.arange(12, device=device)[None] % trunk.config.vocab_size
+    for model in models:
+        model.eval()
+    with torch.no_grad(), _narrow_windows([model.config for model in models], 8):
+        whole = trunk(ids, use_cache=False).last_hidden_state
+        middle = lower(ids).last_hidden_state
+        halves = upper(inputs_embeds=middle).last_hidden_state
+    for model in models:
+        model.train(was_training)
+    if not torch.allclose(whole, halves, rtol=1e-3, atol=1e-4):
+        gap = (whole - halves).abs().max().item()
+        raise ValueError(
+            f"{type(trunk).__name__} cannot be split into a frozen trunk and a top "
+            f"(hidden states differ by {gap:.2g})"
+        )
+
+
+@contextlib.contextmanager
+def _narrow_windows(configs: list, width: int) -> Iterator[None]:
+    """Make sliding windows so short that a few tokens show how a model treats them."""
+    windowed = [c for c in configs if getattr(c, "sliding_window", None)]
+    before = [config.sliding_window for config in windowed]
+    for config in windowed:
+        config.sliding_window = width
+    try:
+        yield
+    finally:
+        for config, window in zip(windowed, before, strict=True):
+            config.sliding_window = window
+
+
+def try_split_trunk(model: PreTrainedModel, num_layers_unfrozen: int | None):
+    """`split_trunk`, or None where there is nothing to split or no way to.
+
+    Warns where the architecture does not allow it or something below is trained.
+    """
+    layers = len(model.base_model.layers)
+    if num_layers_unfrozen is None or num_layers_unfrozen >= layers:
+        return None
+    try:
+        lower, upper = split_trunk(model, num_layers_unfrozen)
+    except (ValueError, AttributeError) as error:
+        warnings.warn(f"no frozen-trunk split: {error}", stacklevel=2)
+        return None
+    if any(p.requires_grad for p in lower.parameters()):
+        warnings.warn(
+            f"no frozen-trunk split: parameters below the last {num_layers_unfrozen} "
+            "layers are trained (LoRA without layers_to_transform?)",
+            stacklevel=2,
+        )
+        return None
+    return lower, upper
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    peft_config: "PeftConfig",
+    num_layers_unfrozen: int | None = None,
+) -> "PeftModel":
+    """Put LoRA adapters (or another of peft's kinds) into `model`, in place.
+
+    With `num_layers_unfrozen`, only into the last N layers unless the config names some.
+    Returns peft's wrapper, whose `save_pretrained` writes the adapters alone.
+    """
+    from peft import get_peft_model
+
+    config = copy.deepcopy(peft_config)
+    layers = len(model.base_model.layers)
+    if num_layers_unfrozen and getattr(config, "layers_to_transform", 0) is None:
+        config.layers_to_transform = list(range(layers - num_layers_unfrozen, layers))
+    return get_peft_model(model, config)
+
+
+# --- the cache
+
+
+class TrunkCache:
+    """Hidden states below the trained layers, on disk: one memory-mapped file a row.
+
+    Files are found by the tokens of their row, in a folder named after the frozen
+    weights and the number format, so that another model never reads them. Memory stays
+    flat however many rows there are.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, lower: PreTrainedModel, max_gb: float = 20.0
+    ):
+        self.folder = Path(folder) / f"{weights_digest(lower)}-{precision()}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.hidden_size, self.max_gb = lower.config.hidden_size, max_gb
+
+    def check_size(self, tokens: int) -> None:
+        """Raise ValueError if the states of that many tokens exceed the limit."""
+        size = tokens * self.hidden_size * torch.finfo(torch.float32).bits / 8 / 1e9
+        if size > self.max_gb:
+            raise ValueError(
+                f"the trunk cache of {tokens:,} tokens would take {size:,.1f} GB, more "
+                f"than trunk_cache_gb={self.max_gb}: train without it "
+                "(cache_trunk=False), on fewer rows, or raise the limit"
+            )
+
+    def _path(self, row: dict[str, Sequence[int]]) -> Path:
+        tokens = torch.tensor([row["input_ids"], row["segment_ids"]], dtype=torch.int32)
+        name = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:32]
+        return self.folder / f"{name}.safetensors"
+
+    def get(self, row: dict[str, Sequence[int]]) -> Tensor | None:
+        """(T, H) states of a packed row of T tokens, or None."""
+        path = self._path(row)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("states")
+
+    def put(self, row: dict[str, Sequence[int]], states: Tensor) -> None:
+        """Keep (T, H) states of a packed row; a kill leaves no half-written file."""
+        path = self._path(row)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file({"states": states.detach().cpu().contiguous()}, str(partial))
+        partial.replace(path)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of all parameters of a model, names included."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(name.encode() + b"\0" + data.numpy().tobytes())
+    return digest.hexdigest()[:16]
