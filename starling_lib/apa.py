@@ -13,6 +13,7 @@ response tokens of the whole rollout batch; advantages are computed once an iter
 """
 
 import copy
+import inspect
 import json
 import math
 from collections import defaultdict
@@ -408,10 +409,11 @@ class APATrainer(WrappedModelTrainer):
 
     `model`: a causal LM or a name for `load_policy`. `reward_funcs`: one or several of a
     reward model, or a function as in TRL, `f(prompts, completions, **columns)` → one
-    float a completion. `train_dataset`, `eval_dataset`: rows with a conversational
-    `prompt`. `peft_config`: train adapters (LoRA), in the last `num_layers_unfrozen` layers
-    or in all. Saved and resumed as the policy (or its adapters), the critic beside it. Give
-    the *initial* policy as `model` also when resuming: it is the reference.
+    float a completion; one with a parameter `completion_finished` is told which were cut.
+    `train_dataset`, `eval_dataset`: rows with a conversational `prompt`. `peft_config`:
+    train adapters (LoRA), in the last `num_layers_unfrozen` layers or in all. Saved and
+    resumed as the policy (or its adapters), the critic beside it. Give the *initial*
+    policy as `model` also when resuming: it is the reference.
     """
 
     def __init__(
@@ -828,7 +830,7 @@ class RewardSum:
 
     def to(self, device) -> None:
         for function in self.functions:
-            if isinstance(function, PreTrainedModel):
+            if hasattr(function, "to"):  # a model, or a function that holds one
                 function.to(device)
 
     def __call__(self, prompts: Dataset, rollout: Rollout) -> Tensor:
@@ -851,6 +853,9 @@ class RewardSum:
         completions = [
             [{"role": "assistant", "content": text}] for text in rollout.texts
         ]
+        known = inspect.signature(function).parameters
+        if "completion_finished" in known:
+            columns["completion_finished"] = rollout.finished.tolist()
         values = function(prompts=rollout.prompts, completions=completions, **columns)
         return checked_scores(values, rollout, getattr(function, "__name__", "reward"))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -62,11 +63,14 @@ def config(folder, base="starling", **changes) -> APAConfig:
     return getattr(APAConfig, base)(**{**arguments, **changes})
 
 
+EXTRA = ("value_model", "eval_dataset", "peft_config", "model")
+
+
 def make_trainer(folder, tokenizer, reward=lower_case, prompts=PROMPTS, **changes):
     base = changes.pop("base", "starling")
-    extra = {k: changes.pop(k) for k in ("value_model", "eval_dataset") if k in changes}
+    extra = {k: changes.pop(k) for k in EXTRA if k in changes}
     return APATrainer(
-        tiny_model(),
+        extra.pop("model", None) or tiny_model(),
         reward,
         config(folder, base, **changes),
         prompts,
@@ -358,6 +362,57 @@ def test_the_gate_trains_the_critic_alone(tokenizer, tmp_path):
     assert all(torch.equal(start[k], after[k]) for k in start)
     assert trainer.model.value_head.outer.weight.abs().max() > 0
     assert trainer.state.log_history[0]["gated"] == 1
+
+
+@pytest.mark.parametrize("layers", [1, None])
+def test_lora_trains_adapters_resumes_and_is_read_again(tokenizer, tmp_path, layers):
+    tiny_model().save_pretrained(tmp_path / "base")
+
+    def adapted(folder):
+        return make_trainer(
+            folder,
+            tokenizer,
+            model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+            peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"),
+            num_layers_unfrozen=layers,
+            max_steps=8,
+            save_strategy="steps",
+            save_steps=4,
+            learning_rate=1e-2,
+        )
+
+    whole = adapted(tmp_path / "run")
+    whole.train()
+    trained = {n for n, p in whole.model.policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    assert any("layers.0" in name for name in trained) == (layers is None)
+    second = adapted(tmp_path / "again")
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    expected, found = whole.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    whole.save_model(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        logits = whole.model.policy.eval()(ids).logits
+        assert torch.allclose(again(ids).logits, logits, atol=1e-5)
+        start = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        assert not torch.allclose(start(ids).logits, logits, atol=1e-4)
+
+
+def test_a_function_that_asks_is_told_which_responses_were_cut(tokenizer, tmp_path):
+    told = []
+
+    def reward(prompts, completions, completion_finished, **columns):
+        told.append(completion_finished)
+        return [float(ended) for ended in completion_finished]
+
+    trainer = make_trainer(tmp_path, tokenizer, reward, max_new_tokens=6)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["reward"] == pytest.approx(log["eos_rate"])
+    assert all(isinstance(ended, bool) for ended in told[0])
+    assert len(told[0]) == trainer.args.rollout_batch_size
 
 
 def test_a_rollout_policy_is_saved_as_a_plain_language_model(tokenizer, tmp_path):
