@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -480,49 +480,110 @@ def error_by_judgments(errors: pd.DataFrame) -> Figure:
     return figure
 
 
+def _ends(frame: pd.DataFrame, value: str, low: str, high: str) -> np.ndarray:
+    """(2, n) distances from a value down to `low` and up to `high`, for `errorbar`.
+
+    NaN, and so not drawn, where the frame has no interval.
+    """
+    ends = frame.reindex(columns=[low, high]).sub(frame[value], axis=0)
+    return ends.abs().to_numpy(dtype=float).T
+
+
 @styled
-def mean_rank_by_model(intervals: pd.DataFrame, responses: int = 7) -> Figure:
-    """Mean rank of each model's responses with its interval, the best on top.
+def position_bias(positions: pd.DataFrame) -> Figure:
+    """First-place share and mean rank by the position in which a response was shown.
 
     Args:
-        intervals: columns `estimate`, `low`, `high` (ranks from 1); index: the model.
-        responses: how many a ranking has; half-way is marked.
+        positions: as `audit.position_bias` gives it, or `position_bias_by` with a
+            `variant` column: then one colour a variant, set side by side. Published
+            figures may come without intervals (`position, first_share, mean_rank`).
     """
-    intervals = intervals.sort_values("estimate", ascending=False)
-    figure = new_figure(height=0.6 + 0.32 * len(intervals))
-    ax = figure.subplots()
-    ends = intervals[["low", "high"]].sub(intervals.estimate, axis=0).abs().T
-    ax.errorbar(intervals.estimate, intervals.index, xerr=ends, fmt="o", capsize=3)
-    ax.axvline((1 + responses) / 2, color=GREY, linestyle="--", linewidth=1.2)
-    ax.set(xlabel="mean rank (1 is best; dashed: the middle)")
+    if "variant" not in positions:
+        positions = positions.assign(variant="this log")
+    variants = list(positions.groupby("variant", sort=False))
+    count = positions["position"].max() + 1
+    figure = new_figure(height=3.6)
+    panels = (
+        ("first_share", "first", 1 / count),
+        ("mean_rank", "rank", (1 + count) / 2),
+    )
+    for ax, (value, name, fair) in zip(figure.subplots(1, 2), panels, strict=True):
+        for i, (label, part) in enumerate(variants):
+            shift = 0.14 * (i - (len(variants) - 1) / 2)
+            ends = _ends(part, value, f"{name}_low", f"{name}_high")
+            style = {"fmt": "o", "markersize": 5, "capsize": 2, "label": label}
+            ax.errorbar(part["position"] + shift, part[value], yerr=ends, **style)
+        _reference_line(ax, fair, "no bias")
+        ax.set(xlabel="position shown (0 is first)", xticks=range(count))
+        ax.grid(axis="x", visible=False)
+    left, right = figure.axes
+    left.set(ylabel="share ranked first", ylim=(0, None))
+    right.set(ylabel="mean rank (1 is best)")
+    legend = left.get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper center", ncols=min(4, len(variants) + 1))
     return figure
 
 
 @styled
-def position_bias(
-    positions: pd.DataFrame, others: Mapping[str, pd.DataFrame] | None = None
-) -> Figure:
-    """First-place share and mean rank by the position in which a response was shown.
+def model_ratings(ratings: pd.DataFrame) -> Figure:
+    """Each model's mean rank and Plackett-Luce strength with intervals, best on top.
 
     Args:
-        positions: index: position from 1; columns `first_share`, `mean_rank`, each
-            with `_low` and `_high` beside it.
-        others: frames of other judges to draw as lines, without intervals, by name.
+        ratings: as `audit.model_ratings` gives it, or the lines of it that are wanted.
+            A hollow strength has no interval: the model won or lost everything, or was
+            seen on one prompt only.
     """
-    figure = new_figure(height=3.4)
-    count = len(positions)
-    panels = {"first_share": 1 / count, "mean_rank": (1 + count) / 2}
-    lines = list((others or {}).items())
-    for ax, (column, fair) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        value = positions[column]
-        ends = [value - positions[f"{column}_low"], positions[f"{column}_high"] - value]
-        ax.errorbar(value.index, value, yerr=ends, fmt="o", capsize=3, label="this log")
-        for colour, (name, frame) in zip(CYCLE[1:], lines, strict=False):
-            ax.plot(frame.index, frame[column], "s--", color=colour, label=name)
-        _reference_line(ax, fair, "no bias")
-        ax.set(xlabel="position shown", ylabel=column.replace("_", " "))
-    named = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*named, loc="outside upper center", ncols=3)
+    ratings = ratings.sort_values("mean_rank", ascending=False)
+    figure = new_figure(height=0.9 + 0.3 * len(ratings))
+    left, right = figure.subplots(1, 2, sharey=True)
+    style = {"fmt": "o", "capsize": 3}
+    ends = _ends(ratings, "mean_rank", "rank_low", "rank_high")
+    left.errorbar(ratings["mean_rank"], ratings["model"], xerr=ends, **style)
+    known = ratings["strength_low"].notna()
+    ends = _ends(ratings, "strength", "strength_low", "strength_high")
+    right.errorbar(
+        ratings["strength"], ratings["model"], xerr=ends, **style, markersize=0
+    )
+    for part, face in ((ratings[known], BLUE), (ratings[~known], "white")):
+        right.plot(part["strength"], part["model"], "o", color=BLUE, mfc=face)
+    right.axvline(0, color=GREY, linestyle="--", linewidth=1.2)
+    left.set(xlabel="mean rank (1 is best)", ylim=(-0.6, len(ratings) - 0.4))
+    right.set(xlabel="strength (log odds; 0: average)")
+    if not known.all():
+        right.set_title("hollow: no interval to be had", fontsize=9, color=GREY)
+    return figure
+
+
+@styled
+def win_matrix(share: pd.DataFrame, pairs: pd.DataFrame | None = None) -> Figure:
+    """Who beats whom: per cent of pairs that the row's model won against the column's.
+
+    Args:
+        share, pairs: the two frames of `audit.win_matrix`. With `pairs`, their number
+            stands small below the share.
+    """
+    count = len(share)
+    side = max(4.2, 1.8 + 0.52 * count)
+    figure = new_figure(side + 0.8, side)
+    ax = figure.subplots()
+    values = share.to_numpy(dtype=float)
+    # Orange loses, blue wins, white is even: told apart by colour-blind readers too.
+    colours = LinearSegmentedColormap.from_list("wins", [ORANGE, "white", BLUE])
+    ax.imshow(values, cmap=colours, vmin=0, vmax=1)
+    for i, j in np.argwhere(~np.isnan(values)):
+        white = abs(values[i, j] - 0.5) > 0.4
+        style = {"ha": "center", "color": "white" if white else "black"}
+        up = 0 if pairs is None else 0.12
+        ax.text(j, i - up, f"{values[i, j]:.0%}", va="center", fontsize=9, **style)
+        if pairs is not None:
+            ax.text(j, i + 0.27, pairs.iloc[i, j], va="center", fontsize=6.5, **style)
+    ax.set_xticks(range(count), share.columns, rotation=40, ha="right")
+    ax.set_yticks(range(count), share.index)
+    ax.set_facecolor(PALE)  # never met: grey, not the white of an even match
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    below = ", number of pairs below" if pairs is not None else ""
+    ax.set_title(f"pairs that the row's model won{below}", fontsize=9, color=GREY)
     return figure
 
 
@@ -548,42 +609,303 @@ def rank_change_by_move(moves: pd.DataFrame, slope: float) -> Figure:
 
 
 @styled
-def repeat_agreement(taus: Sequence[float], by_gap: pd.Series) -> Figure:
-    """How alike two passes of one judge are, prompt by prompt and pair by pair.
+def repeat_agreement(taus: Sequence[float], by_gap: pd.DataFrame) -> Figure:
+    """How alike two passes of one judge are, ranking by ranking and pair by pair.
 
     Args:
-        taus: Kendall's τ between the passes, one a prompt.
-        by_gap: share of pairs in the same order both times; index: the difference in
-            rank in the first pass.
+        taus: Kendall's τ between the passes, one a ranking.
+        by_gap: `gap, same, low, high`: share of pairs in the same order both times by
+            their difference in rank in the first pass, as `audit.repeat_agreement` has.
     """
     figure = new_figure()
     left, right = figure.subplots(1, 2)
     left.hist(taus, bins=np.linspace(-1, 1, 43), color=BLUE)
-    left.axvline(np.mean(taus), color=ORANGE, linestyle="--", label="mean")
-    left.set(xlabel="Kendall's τ between passes", ylabel="prompts")
+    mean = np.mean(taus)
+    left.axvline(mean, color=ORANGE, linestyle="--", label=f"mean {mean:.2f}")
+    left.set(xlabel="Kendall's τ between passes", ylabel="rankings")
     left.set(xlim=(min(0, *taus), 1.03))
-    left.legend()
-    right.plot(by_gap.index, by_gap, "o-")
+    left.legend(loc="upper left")
+    ends = _ends(by_gap, "same", "low", "high")
+    right.errorbar(by_gap["gap"], by_gap["same"], yerr=ends, fmt="o-", capsize=3)
     _reference_line(right, 0.5, "coin")
     right.set(xlabel="difference in rank, first pass", ylabel="pairs in the same order")
-    right.set(ylim=(0.45, 1.02))
-    right.legend()
+    right.set(ylim=(min(0.45, np.nanmin(by_gap["low"]) - 0.05), 1.02))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.legend(loc="center right")
     return figure
 
 
 @styled
-def length_by_rank(lengths: Mapping[str, Sequence[float]]) -> Figure:
-    """Mean length of the response at each rank, one panel a data set.
+def length_by_rank(lengths: Mapping[str, pd.DataFrame]) -> Figure:
+    """Mean length of the response at each rank with its interval, one panel a data set.
 
     Args:
-        lengths: mean characters by rank, best first, under each set's name.
+        lengths: under each set's name a frame of `audit.length_by_rank`; published
+            means may come without intervals (`rank, chars`).
     """
     figure = new_figure()
     panels = np.atleast_1d(figure.subplots(1, len(lengths), sharey=True))
-    for ax, colour, (name, means) in zip(panels, CYCLE, lengths.items(), strict=False):
-        places = range(1, len(means) + 1)
-        ax.bar(places, means, color=colour, tick_label=places)
-        ax.set(xlabel="rank (1 is best)", title=name)
+    for i, (ax, (name, frame)) in enumerate(zip(panels, lengths.items(), strict=True)):
+        ends = _ends(frame, "chars", "low", "high")
+        style = {"ecolor": GREY, "capsize": 3, "color": CYCLE[i % len(CYCLE)]}
+        ax.bar(frame["rank"], frame["chars"], yerr=ends, **style)
+        ax.set(xlabel="rank (1 is best)", title=name, xticks=frame["rank"])
         ax.grid(axis="x", visible=False)
     panels[0].set(ylabel="mean characters")
+    return figure
+
+
+@styled
+def length_bias(bias: pd.DataFrame) -> Figure:
+    """How often the longer response wins, condition by condition, against one half.
+
+    Args:
+        bias: as `audit.length_bias` gives it; conditions without pairs are left out.
+    """
+    bias = bias[bias["pairs"] > 0][::-1]
+    figure = new_figure(height=0.9 + 0.38 * len(bias))
+    ax = figure.subplots()
+    names = [
+        f"{c} ({n:,} pairs)" for c, n in zip(bias.condition, bias.pairs, strict=True)
+    ]
+    ends = _ends(bias, "longer_wins", "low", "high")
+    ax.errorbar(bias["longer_wins"], names, xerr=ends, fmt="o", capsize=3)
+    ax.axvline(0.5, color=GREY, linestyle="--", linewidth=1.2)
+    ax.set(xlabel="share of pairs won by the longer response (dashed: even)")
+    ax.set(ylim=(-0.6, len(bias) - 0.4))
+    return figure
+
+
+@styled
+def composition(counts: pd.DataFrame) -> Figure:
+    """What a set is made of: rows by source, by turns, by good nature and by size.
+
+    Args:
+        counts: as `audit.composition` gives it.
+    """
+    fields = counts.groupby("field", sort=False).ngroup()
+    # One free line above each field, for its name.
+    lines = np.arange(len(counts)) + fields + 1
+    figure = new_figure(height=0.5 + 0.22 * (lines.iloc[-1] + 1))
+    ax = figure.subplots()
+    bars = ax.barh(lines, counts["share"], color=SKY, height=0.75)
+    labels = counts["rows"].map(" {:,}".format) + counts["share"].map(
+        " ({:.0%})".format
+    )
+    ax.bar_label(bars, labels, fontsize=8, color=GREY)
+    first = ~counts["field"].duplicated()
+    for field, line in zip(counts["field"][first], lines[first] - 1, strict=True):
+        ax.text(0, line, field.replace("_", " "), va="center", fontweight="bold")
+    ax.set_yticks(lines, counts["value"])
+    ax.set(xlabel="share of rows", xlim=(0, 1.15), ylim=(lines.iloc[-1] + 0.6, -0.6))
+    ax.set_xticks(np.linspace(0, 1, 6))
+    ax.grid(visible=False, axis="y")
+    return figure
+
+
+@styled
+def token_lengths(lengths: pd.DataFrame, limits: Sequence[int] = ()) -> Figure:
+    """How long prompts, and prompts with a response, are; what each limit would cut.
+
+    Args:
+        lengths: as `audit.token_lengths` gives it.
+        limits: values of `max_length`, dashed lines with the share that is longer.
+    """
+    total = lengths["total_tokens"]
+    prompts = lengths.drop_duplicates("row")["prompt_tokens"]
+    edges = np.geomspace(prompts.min(), max(total.max(), *limits, 2) * 1.02, 41)
+    figure = new_figure(height=3.4)
+    ax = figure.subplots()
+    for values, colour, label in (
+        (prompts, GREY, "prompts"),
+        (total, BLUE, "prompt + response"),
+    ):
+        shares = np.histogram(values, edges)[0] / len(values)
+        ax.stairs(shares, edges, color=colour, fill=True, alpha=0.35, label=label)
+    for limit in limits:
+        ax.axvline(limit, color=ORANGE, linestyle="--", linewidth=1.3)
+    # Head room for the legend.
+    ax.set(
+        xscale="log", xlabel="tokens", ylabel="share", ylim=(0, 1.3 * ax.get_ylim()[1])
+    )
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
+    if len(limits):
+        top = ax.secondary_xaxis("top")
+        names = [f"{limit}\n{(total > limit).mean():.1%} cut" for limit in limits]
+        top.set_xticks(limits, names, fontsize=8)
+        top.tick_params(which="minor", length=0, labeltop=False)
+    ax.legend(loc="upper left")
+    return figure
+
+
+# --- reward models
+
+
+def _intervals(ax: Axes, x: Sequence, table: pd.DataFrame, value: str, **style) -> None:
+    """Points with the interval `low` to `high` of a table drawn as error bars."""
+    middle = table[value].to_numpy(dtype=float)
+    ends = np.stack([middle - table["low"], table["high"] - middle])
+    style = {"fmt": "o-", "capsize": 3, "color": BLUE, **style}
+    ax.errorbar(x, middle, yerr=ends, **style)
+
+
+def _draw_reliability(ax: Axes, table: pd.DataFrame) -> None:
+    ax.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", linewidth=1.2)
+    _intervals(ax, table["predicted"], table, "observed")
+    counts = ax.twinx()
+    counts.bar(table["predicted"], table["n"], width=0.03, color=SKY, alpha=0.3)
+    counts.set(yticks=[], ylim=(0, 4 * max(table["n"], default=1)))
+    counts.spines["left"].set_visible(False)
+    lowest = np.nanmin([0.45, *table["observed"], *table["low"]])
+    ax.set(xlim=(0.48, 1.02), ylim=(lowest - 0.02, 1.03))
+    ax.set(xlabel="predicted: σ(|Δ score|); bars: pairs")
+    ax.set(ylabel="judge agrees (share of pairs)")
+
+
+@styled
+def reliability(table: pd.DataFrame, ece: float | None = None) -> Figure:
+    """Is a difference in score worth the probability it claims? Dashed: calibrated.
+
+    Args:
+        table: as `metrics.calibration` returns it; the bars show how many pairs a bin has.
+        ece: expected calibration error, for the title.
+    """
+    figure = new_figure(4.6, 3.6)
+    ax = figure.subplots()
+    _draw_reliability(ax, table)
+    if ece is not None:
+        ax.set_title(f"calibration error {ece:.3f}")
+    return figure
+
+
+def _draw_gaps(ax: Axes, by_gap: pd.DataFrame, rule: pd.DataFrame | None) -> None:
+    _intervals(ax, by_gap.index, by_gap, "estimate", label="reward model")
+    if rule is not None:
+        ax.plot(rule.index, rule["estimate"], "s--", color=GREY, label="longer wins")
+    ax.axhline(0.5, color=GREY, linestyle=":", linewidth=1.2, label="coin")
+    ax.set(xlabel="ranks apart", ylabel="share of pairs ordered right", ylim=(0, 1.03))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(loc="lower right")
+
+
+def _draw_ranks(ax: Axes, responses: pd.DataFrame) -> None:
+    groups = [part["score"].to_numpy() for _, part in responses.groupby("rank")]
+    ax.boxplot(
+        groups,
+        tick_labels=[f"{rank:g}" for rank in sorted(responses["rank"].unique())],
+        widths=0.6,
+        patch_artist=True,
+        boxprops={"facecolor": SKY, "edgecolor": BLUE, "alpha": 0.6},
+        medianprops={"color": ORANGE, "linewidth": 2},
+        flierprops={"marker": ".", "markeredgecolor": GREY, "markersize": 3},
+    )
+    ax.set(xlabel="rank given by the judge (1 = best)", ylabel="score − prompt's mean")
+
+
+def _draw_lengths(ax: Axes, responses: pd.DataFrame) -> None:
+    points = {"s": 8, "alpha": 0.35, "linewidths": 0, "rasterized": True}
+    ax.scatter(responses["length"], responses["score"], c=BLUE, **points)
+    ax.axhline(0, color=GREY, linewidth=1)
+    ax.set(xlabel="length of the response", ylabel="score − prompt's mean")
+    if responses["length"].min() > 0:
+        ax.set_xscale("log")
+
+
+@styled
+def reward_report(
+    by_gap: pd.DataFrame,
+    reliability: pd.DataFrame,
+    responses: pd.DataFrame,
+    longer_wins: pd.DataFrame | None = None,
+    titles: Sequence[str] = ("", "", "", ""),
+) -> Figure:
+    """A reward model on held-out rankings: four panels, two of them with intervals.
+
+    Accuracy by rank gap, reliability, score by rank, score against length.
+
+    Args:
+        by_gap: as `metrics.accuracy_by_gap` gives it for the scores, and `longer_wins`
+            for the lengths.
+        reliability: as `metrics.calibration` gives it.
+        responses: one row a response: `rank`, `score` (less its prompt's mean), `length`
+            (any unit; without that column the panel says so).
+        titles: of the panels.
+    """
+    figure = new_figure(7.5, 6.2)
+    panels = figure.subplots(2, 2).ravel()
+    _draw_gaps(panels[0], by_gap, longer_wins)
+    _draw_reliability(panels[1], reliability)
+    _draw_ranks(panels[2], responses)
+    if "length" in responses:
+        _draw_lengths(panels[3], responses)
+    else:
+        panels[3].set_axis_off()
+        panels[3].text(0.5, 0.5, "no lengths given", ha="center", color=GREY)
+    for ax, title in zip(panels, titles, strict=True):
+        ax.set_title(title)
+    return figure
+
+
+@styled
+def recovery(results: pd.DataFrame, measure: str = "error") -> Figure:
+    """Error of each loss against the number of rankings, one panel a judge.
+
+    Args:
+        results: as `simulation.simulate` returns them; lines are means over seeds.
+        measure: its column to draw, "error" (nats) or "angle" (degrees).
+    """
+    judges = list(results["judge"].unique())
+    figure = new_figure(7.5, 2.9 * -(-len(judges) // 2))
+    panels = figure.subplots(-(-len(judges) // 2), 2, sharex=True, sharey=True).ravel()
+    for ax, judge in zip(panels, judges, strict=False):
+        part = results[results["judge"] == judge]
+        for name, marker in zip(part["estimator"].unique(), "os^vDP", strict=False):
+            mean = part[part["estimator"] == name].groupby("n")[measure].mean()
+            ax.loglog(mean.index, mean, f"{marker}-", label=name)
+        ax.set(title=f"judge: {judge}", xticks=sorted(results["n"].unique()))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+        ax.tick_params(labelbottom=True)
+    for ax in panels[len(judges) :]:
+        ax.remove()
+    units = {
+        "error": "error of Δ reward (nats)",
+        "angle": "angle to the truth (degrees)",
+    }
+    figure.supylabel(units.get(measure, measure), fontsize=10)
+    figure.supxlabel("rankings", fontsize=10)
+    named = panels[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper center", ncols=len(named[1]))
+    return figure
+
+
+@styled
+def efficiency(
+    table: pd.DataFrame, names: tuple[str, str] = ("MLE_2", "MLE_K")
+) -> Figure:
+    """Ratio of two losses' errors on the same rankings, with intervals over seeds.
+
+    Args:
+        table: as `simulation.efficiency` returns it.
+        names: the loss above and the loss below the fraction bar.
+    """
+    figure = new_figure(height=3.4)
+    ax = figure.subplots()
+    judges = list(table.groupby("judge", sort=False))
+    for i, (judge, part) in enumerate(judges):
+        shifted = part["n"] * 1.04 ** (i - (len(judges) - 1) / 2)  # bars side by side
+        _intervals(ax, shifted, part, "ratio", color=CYCLE[i % 6], label=judge)
+    _reference_line(ax, 1, "equal errors")
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(table["n"].unique()))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
+    above, below = names
+    ax.set(xlabel="rankings", ylabel=f"error of {above} / error of {below}")
+    ax.set(title=f"above 1: {below} is nearer the truth")
+    figure.legend(loc="outside right upper", title="judge", alignment="left")
     return figure

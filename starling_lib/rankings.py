@@ -10,12 +10,14 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from datasets import (
@@ -23,6 +25,7 @@ from datasets import (
     DatasetDict,
     Features,
     IterableDataset,
+    IterableDatasetDict,
     ReadInstruction,
     Value,
     are_progress_bars_disabled,
@@ -30,7 +33,14 @@ from datasets import (
     enable_progress_bars,
     load_dataset,
 )
+from huggingface_hub.errors import HFValidationError
+from tqdm.auto import tqdm
 
+# Read here, audited there: the audit's main questions are part of this module's face.
+from starling_lib.audit import length_bias as length_bias
+from starling_lib.audit import model_ratings as model_ratings
+from starling_lib.audit import position_bias as position_bias
+from starling_lib.audit import repeat_agreement as repeat_agreement
 from starling_lib.chat import Message, transcript_to_messages
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
@@ -53,6 +63,13 @@ PAIR_FEATURES = Features(
 )
 _LINE_FEATURES = Features({"line": Value("int64"), "jsonl": Value("binary")})
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+# Bytes fetched beyond what a reader of a hub's file asks for. The default, 5 MB, would
+# fetch most of the answers along with the prompts that lie between them.
+_READ_AHEAD = 1 << 17
+# How to stream the prompts behind a stream of rankings without fetching its answers.
+_PROMPT_COLUMNS: WeakKeyDictionary[IterableDataset, Callable[[], IterableDataset]] = (
+    WeakKeyDictionary()
+)
 
 
 class RankingError(ValueError):
@@ -116,11 +133,20 @@ def load_rankings(
     else:
         table = table.filter(partial(_accept_streamed, duplicates=duplicates))
     table = table.remove_columns(["problem", "copies"])
-    return table if half is None else _only_half(table, half, source)
+    if half is not None:
+        return _only_half(table, half, source)
+    if streaming and rows.builder_name == "parquet":
+        _PROMPT_COLUMNS[table] = partial(_open, source, split, True, columns=["prompt"])
+    return table
 
 
-def _open(source: str | Path, split: str, streaming: bool) -> Dataset | IterableDataset:
-    """Unchecked rows: fields of the schema, or `line` and `jsonl` of a JSONL file."""
+def _open(
+    source: str | Path, split: str, streaming: bool, **options: Any
+) -> Dataset | IterableDataset:
+    """Unchecked rows: fields of the schema, or `line` and `jsonl` of a JSONL file.
+
+    `options` go to the reader of a Parquet file.
+    """
     path = data_path(source) if source == "nectar_mini" else Path(source)
     names = [re.match(r"\w*", part.strip())[0] for part in split.split("+")]
     if path.is_dir():
@@ -135,13 +161,38 @@ def _open(source: str | Path, split: str, streaming: bool) -> Dataset | Iterable
     elif str(source).endswith(_SUFFIXES):
         raise RankingError(f"no such file: {source}")
     else:
-        return load_dataset(str(source), split=split, streaming=streaming)
+        return _open_hub(str(source), split, streaming, **options)
     if all(file.suffix == ".parquet" for file in files.values()):
-        paths = {name: str(file) for name, file in files.items()}
-        return load_dataset(
-            "parquet", data_files=paths, split=split, streaming=streaming
-        )
+        options["data_files"] = {name: str(file) for name, file in files.items()}
+        return _load_dataset("parquet", split, streaming, **options)
     return _open_jsonl(files, split, streaming)
+
+
+def _open_hub(
+    source: str, split: str, streaming: bool, **options: Any
+) -> Dataset | IterableDataset:
+    """Rows of a hub id, or an error that says how to do without the hub."""
+    if streaming:
+        options["storage_options"] = {"hf": {"block_size": _READ_AHEAD}}
+    try:
+        return _load_dataset(source, split, streaming, **options)
+    except (OSError, HFValidationError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RankingError(
+            f"{source!r} is no file or folder here, and the hub does not give it out "
+            f"({reason:.300}). Check the spelling and the network. Or download its "
+            "Parquet or JSONL file elsewhere and give the path here, or use the bundled "
+            "'nectar_mini'"
+        ) from None
+
+
+def _load_dataset(
+    source: str, split: str, streaming: bool, **options: Any
+) -> Dataset | IterableDataset:
+    rows = load_dataset(source, split=split, streaming=streaming, **options)
+    # One row group after the other. Otherwise pyarrow reads on in the background, 30 MB
+    # for the first row, and a program that ends meanwhile hangs at its exit.
+    return rows.reshard() if streaming else rows
 
 
 def _split_file(folder: Path, name: str) -> Path:
@@ -410,29 +461,65 @@ def _mean_then_best(group: list[dict[str, Any]]) -> tuple[float, float]:
 # --- splitting and pairs
 
 
-def split_by_prompt(dataset: Dataset, test_size: float | int, seed: int) -> DatasetDict:
+def split_by_prompt(
+    dataset: Dataset | IterableDataset, test_size: float | int, seed: int
+) -> DatasetDict | IterableDatasetDict:
     """Split rows into "train" and "test" so that no prompt is on both sides.
 
     Prompts that differ only in case, spacing or punctuation count as one. `test_size`
     is a share (float) or a number of rows (int); the test side gets at least that many,
-    and more only by the size of its last group. Raises ValueError when a side is empty.
+    and more only by the size of its last group. Prompts go there in the order of their
+    hashes under `seed`: the order of rows does not matter, and a few rows more or less
+    leave nearly all others on their side. Raises ValueError when a side is empty.
+
+    A stream gives two streams, after one pass over its prompts that keeps 8 bytes a
+    row. From a Parquet file, here or on the hub, the pass reads the prompt column only,
+    so rows that will be set aside for their answers count there as well.
     """
-    keys = [_normalised(messages) for messages in dataset["prompt"]]
-    wanted = test_size if isinstance(test_size, int) else test_size * len(keys)
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault(key, []).append(row)
-    order = list(groups.values())
-    np.random.default_rng(seed).shuffle(order)
-    test: list[int] = []
-    while order and len(test) < wanted:
-        test += order.pop()
-    train = [row for group in order for row in group]
-    if not test or not train:
+    streaming = isinstance(dataset, IterableDataset)
+    prompts = _stream_prompts(dataset) if streaming else dataset["prompt"]
+    bar = tqdm(prompts, "reading prompts", unit=" rows", delay=5)
+    keys = np.fromiter((_prompt_key(prompt, seed) for prompt in bar), np.uint64)
+    last = _last_test_key(keys, test_size)
+    if streaming:
+        keep = partial(dataset.filter, input_columns="prompt")
+        side = partial(_is_on_side, seed=seed, last=last)
+        return IterableDatasetDict(
+            train=keep(partial(side, test=False)), test=keep(partial(side, test=True))
+        )
+    train, test = np.flatnonzero(keys > last), np.flatnonzero(keys <= last)
+    return DatasetDict(train=dataset.select(train), test=dataset.select(test))
+
+
+def _stream_prompts(stream: IterableDataset) -> Iterator[list[Message]]:
+    """Prompts of a stream, from its prompt column alone if that can be had."""
+    if (open_column := _PROMPT_COLUMNS.get(stream)) is None:
+        yield from (row["prompt"] for row in stream.select_columns("prompt"))
+        return
+    for row in open_column():
+        try:
+            yield _check_prompt(row["prompt"])
+        except RankingError:  # told when the row itself is read
+            continue
+
+
+def _prompt_key(prompt: list[Message], seed: int) -> int:
+    """A hash of 64 bits: two prompts that share one by chance only share their side."""
+    text = json.dumps([int(seed), *_normalised(prompt)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _last_test_key(keys: np.ndarray, test_size: float | int) -> int:
+    """The largest key on the test side, which takes keys in order until it is full."""
+    wanted = test_size * len(keys) if isinstance(test_size, float) else test_size
+    order, count = np.sort(keys), math.ceil(wanted)
+    if not 0 < count <= len(keys) or order[count - 1] == order[-1]:
         raise ValueError(f"test_size={test_size} leaves one side of {len(keys)} empty")
-    return DatasetDict(
-        train=dataset.select(sorted(train)), test=dataset.select(sorted(test))
-    )
+    return int(order[count - 1])
+
+
+def _is_on_side(prompt: list[Message], seed: int, last: int, test: bool) -> bool:
+    return (_prompt_key(prompt, seed) <= last) == test
 
 
 def _normalised(messages: list[Message]) -> tuple[str, ...]:
@@ -440,7 +527,7 @@ def _normalised(messages: list[Message]) -> tuple[str, ...]:
     turns = []
     for message in messages:
         text = message["content"].casefold()
-        turns.append("".join(c for c in text if c.isalnum()) or text)
+        turns.append(re.sub(r"[\W_]+", "", text) or text)
     return (messages[0]["role"], *turns)
 
 

@@ -15,27 +15,33 @@ PACKAGE = Path(__file__).resolve().parents[1] / "starling_lib"
 ORDER = [
     "statistics",
     "chat",
+    "audit",
     "rankings",
+    "released",
     "models",
     "checkpoints",
+    "trunk",
     "prefix",
     "rollouts",
     "losses",
     "metrics",
+    "simulation",
     "scoring",
+    "pessimism",
     "reward",
     "judges",
     "labeling",
     "objectives",
     "apa",
     "evaluation",
+    "plots",
+    "reports",
     "recipes",
     "publish",
-    "plots",
     "__main__",
 ]
 # Judging a reply or reading a report must not load a deep-learning stack.
-LIGHT = ["statistics", "chat", "judges", "evaluation", "plots"]
+LIGHT = ["statistics", "chat", "audit", "judges", "labeling", "evaluation", "plots"]
 HEAVY = {"torch", "transformers", "trl"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -189,7 +189,7 @@ def test_one_file_is_not_two_splits(tmp_path):
 
 
 def test_a_hub_id_gets_its_slice_and_stream_from_datasets(monkeypatch):
-    def load_dataset(path, split, streaming):
+    def load_dataset(path, split, streaming, **_):
         assert (path, split) == ("berkeley-nest/Nectar", "train[:1]")
         table = Dataset.from_list([_row()])
         return table.to_iterable_dataset() if streaming else table
