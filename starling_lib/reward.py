@@ -27,8 +27,15 @@ from starling_lib.losses import (
     kwise_loss,
     pairwise_loss,
 )
-from starling_lib.metrics import accuracy_by_gap, reward_metrics
+from starling_lib.metrics import (
+    accuracy_by,
+    accuracy_by_gap,
+    calibration,
+    reward_metrics,
+    rewardbench_scores,
+)
 from starling_lib.models import inference, load_reward_model, load_tokenizer
+from starling_lib.pessimism import PessimisticReward
 from starling_lib.prefix import RankingScorer, stack_rankings
 from starling_lib.rankings import map_rows
 from starling_lib.scoring import (
@@ -45,8 +52,11 @@ if TYPE_CHECKING:
 __all__ = [
     "KwiseRewardConfig",
     "KwiseRewardTrainer",
+    "PessimisticReward",
+    "accuracy_by",
     "accuracy_by_gap",
     "best_worst_loss",
+    "calibration",
     "centering_penalty",
     "encode_ranking",
     "encode_response",
@@ -54,6 +64,7 @@ __all__ = [
     "pairwise_loss",
     "reward_metrics",
     "reward_tokenizer",
+    "rewardbench_scores",
     "score_responses",
 ]
 
@@ -186,7 +197,7 @@ class KwiseRewardTrainer(WrappedModelTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            compute_metrics=lambda out: reward_metrics(*map(torch.tensor, out)),
+            compute_metrics=lambda out: reward_metrics(out.predictions, *out.label_ids),
         )
         self.loss_is_scaled_for_ga = False
 
@@ -251,7 +262,7 @@ class KwiseRewardTrainer(WrappedModelTrainer):
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        return loss, scores, inputs["lengths"]
+        return loss, scores, (inputs["lengths"], inputs["ranks"])
 
     def score_rankings(self, dataset: Dataset | None = None) -> Tensor:
         """(rows, K) scores, best-ranked first, of raw rankings (default: eval set)."""

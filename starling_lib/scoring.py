@@ -5,15 +5,18 @@ not know: rankings' meaning, training.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.models import inference, reward_head
 from starling_lib.prefix import pack_ranking
+from starling_lib.released import RELEASED_LENGTH, SCORE_POSITIONS
 from starling_lib.rollouts import Messages, encode_prompt
 
 _REWARD_TEMPLATE = (
@@ -80,38 +83,147 @@ def score_responses(
     finished: Sequence[bool] | None = None,
     batch_size: int = 16,
     progress: bool = False,
+    score_position: str | None = None,
 ) -> Tensor:
     """(N,) float32 rewards, one for each prompt (messages) and response (text).
 
     Read at the last real token by the attention mask, so the padding side and the
     neighbours in a batch do not matter. `finished=None` takes every response as ended.
+    `score_position="released"` reads where the released Starling code did, see
+    `released_inputs`; None asks the model's config (`load_starling_rm` writes it there).
     Raises ValueError if the lists differ in length.
     """
+    read = partial(reward_head, model)
+    rows = (tokenizer, prompts, responses, finished)
+    return _read_responses(model, rows, read, batch_size, progress, score_position)
+
+
+def response_features(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    responses: Sequence[str],
+    finished: Sequence[bool] | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+    score_position: str | None = None,
+) -> Tensor:
+    """(N, hidden) float32 states that `score_responses` puts its head on."""
+    rows = (tokenizer, prompts, responses, finished)
+    return _read_responses(
+        model, rows, Tensor.float, batch_size, progress, score_position
+    )
+
+
+def _position(model: PreTrainedModel, wanted: str | None) -> str:
+    position = wanted or _stored_position(model) or "attention_mask"
+    if position not in SCORE_POSITIONS:
+        raise ValueError(f"score_position={position!r}: choose from {SCORE_POSITIONS}")
+    attention = model.config._attn_implementation
+    if position == "released" and "flash" in attention:
+        # It leaves padding out of the computation, and this score is read in padding.
+        raise ValueError(
+            f"attention {attention!r} gives no state at padding, where a score is read "
+            "with score_position='released': load with attn_implementation='sdpa'"
+        )
+    return position
+
+
+def _stored_position(model: PreTrainedModel) -> str | None:
+    return getattr(model.config, "starling_score_position", None)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    responses: Sequence[str],
+    finished: Sequence[bool] | None,
+    as_released: bool,
+) -> list[list[int]]:
+    """Token rows; the released models read a conversation tokenised as one text."""
     finished = [True] * len(responses) if finished is None else list(finished)
-    rows = [
-        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, text, bool(ended))
-        for prompt, text, ended in zip(prompts, responses, finished, strict=True)
-    ]
+    rows = []
+    for prompt, text, ended in zip(prompts, responses, finished, strict=True):
+        if as_released:
+            messages = [*prompt, {"role": "assistant", "content": text}]
+            rows.append(encode_as_released(tokenizer, messages, bool(ended)))
+        else:
+            response = encode_response(tokenizer, text, bool(ended))
+            rows.append(encode_prompt(tokenizer, prompt) + response)
+    return rows
+
+
+def encode_as_released(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, finished: bool = True
+) -> list[int]:
+    """Token ids of a whole conversation, rendered and tokenised in one piece.
+
+    At most 2048: BOS and the newest tokens stay. The released code always closed the
+    response with EOS; here a cut response goes without it.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not finished and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    opening = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    excess = max(len(ids) - RELEASED_LENGTH, 0)
+    return ids if not excess else opening + ids[excess + len(opening) :]
+
+
+def _read_responses(
+    model: PreTrainedModel,
+    texts: tuple,
+    read: Callable[[Tensor], Tensor],
+    batch_size: int,
+    progress: bool,
+    score_position: str | None,
+) -> Tensor:
+    """`read` of the (B, hidden) states where scores are read, for all rows in order."""
+    position = _position(model, score_position)
+    # A released model reads the same tokens wherever its score is read.
+    as_released = position == "released" or _stored_position(model) is not None
+    rows = _encode(*texts, as_released)
+    build = released_inputs if position == "released" else masked_inputs
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    out = torch.zeros(len(rows))
+    starts = range(0, len(order), batch_size)
+    parts = []
     with inference(model):
-        for i in tqdm(
-            range(0, len(order), batch_size),
-            "scoring",
-            disable=not progress,
-            leave=False,
-        ):
-            part = order[i : i + batch_size]
-            out[part] = _score_batch(model, [rows[j] for j in part]).cpu()
-    return out
+        for i in tqdm(starts, "scoring", disable=not progress, leave=False):
+            some = [rows[j] for j in order[i : i + batch_size]]
+            inputs, last = build(some, model.config.pad_token_id or 0)
+            inputs = {name: x.to(model.device) for name, x in inputs.items()}
+            states = model.base_model(**inputs, use_cache=False).last_hidden_state
+            states = states[torch.arange(len(some)), last.to(model.device)]
+            parts.append(read(states).cpu())
+    if not parts:
+        return read(torch.zeros(0, model.config.hidden_size, device=model.device)).cpu()
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-def _score_batch(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
-    """(B,) scores of token rows, right-padded, read at each row's last token."""
-    tensors = [torch.tensor(row, device=model.device) for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
-    mask = pad([torch.ones_like(t) for t in tensors], True)
-    ids = pad(tensors, True, padding_value=model.config.pad_token_id or 0)
-    trunk = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    last = trunk.last_hidden_state[torch.arange(len(rows)), mask.sum(1) - 1]
-    return reward_head(model, last)
+def masked_inputs(
+    rows: Sequence[Sequence[int]], pad_id: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Right-padded `input_ids` and `attention_mask` (B, T), and each row's last token."""
+    tensors = [torch.tensor(row) for row in rows]
+    mask = pad_sequence([torch.ones_like(t) for t in tensors], True)
+    ids = pad_sequence(tensors, True, padding_value=pad_id)
+    return {"input_ids": ids, "attention_mask": mask}, mask.sum(1) - 1
+
+
+def released_inputs(
+    rows: Sequence[Sequence[int]], pad_id: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What index −1 of rows padded to 2048 tokens sees, without computing the padding.
+
+    A masked pad token attends to the real tokens only, never to other padding. So one of
+    them, told that it stands at position 2047, has the state of the last of 2048 − T.
+    """
+    inputs, last = masked_inputs([[*row, pad_id] for row in rows], pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    steps = torch.arange(inputs["input_ids"].shape[1])
+    inputs["attention_mask"] = (steps < lengths[:, None]).long()
+    positions = steps.expand(len(rows), -1).clone()
+    positions[torch.arange(len(rows)), last] = RELEASED_LENGTH - 1
+    # A row that fills all 2048 is read at its own last token.
+    last = torch.where(lengths < RELEASED_LENGTH, last, lengths - 1)
+    return {**inputs, "position_ids": positions}, last

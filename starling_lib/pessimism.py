@@ -1,0 +1,270 @@
+"""Pessimistic rewards: what a reward model says, less what its rankings leave open.
+
+Where few rankings compared responses like this one, a high score is luck as often as
+merit, and a policy trained on the score finds just those. Zhu, Jordan and Jiao
+(arXiv 2301.11270, §3) train on a lower bound instead: with φ the last hidden state,
+
+    r(x) − β · ‖φ(x) − v‖ under (Σ + λI)⁻¹,
+    Σ = mean over rankings of 2 / K(K−1) · Σ over pairs of ΔφΔφᵀ
+
+where Δφ is the difference of two ranked responses and v a reference. Their bound is for a
+reward linear in fixed features. Here the features were learnt from the same rankings, so
+it is a heuristic with their formula.
+
+Knows: features, rankings, a reward model as a function. Does not know: policies.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from starling_lib.models import load_reward_model, load_tokenizer, quiet, reward_head
+from starling_lib.rollouts import Messages
+from starling_lib.scoring import response_features
+
+FILE = "pessimism.safetensors"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What n rankings compared, in a feature space of d dimensions. float64.
+
+    `covariance` (d, d) is the paper's Σ (Theorem 4.1; K = 2: Theorem 3.1): the mean over
+    rankings of the mean outer product of the differences φ(better) − φ(worse), so that it
+    does not grow with n. `center` (d) is the mean feature of all ranked responses.
+    """
+
+    covariance: Tensor
+    center: Tensor
+    rankings: int
+
+    def root(self, ridge: float) -> Tensor:
+        """(d, d) lower Cholesky root of Σ + λI, with λ = ridge × Σ's mean diagonal.
+
+        Relative, because features have no unit that a number could be given in.
+        """
+        damping = ridge * self.covariance.diagonal().mean()
+        eye = torch.eye(len(self.center), dtype=torch.float64)
+        return torch.linalg.cholesky(self.covariance + damping * eye)
+
+
+def distance(features: Tensor, reference: Tensor, root: Tensor) -> Tensor:
+    """(N,) float64 norms ‖φ − v‖ under (root · rootᵀ)⁻¹ of (N, d) features.
+
+    In units of the data: 1 along any axis is the size of its typical ranked difference.
+    """
+    offsets = (features.double() - reference.double()).T
+    return torch.linalg.solve_triangular(root, offsets, upper=False).norm(dim=0)
+
+
+def coverage(
+    features: Iterable[Tensor], ranks: Sequence[Sequence[float]] | None = None
+) -> Coverage:
+    """Accumulate rankings: `features` yields (K, d) for each, K may differ.
+
+    `ranks` holds the K ranks of each (1 best); responses of equal rank were not told
+    apart and form no pair. Without it all pairs count. Rankings without a pair are left
+    out. Raises ValueError when nothing is left or a feature is not finite.
+    """
+    total = center = torch.zeros((), dtype=torch.float64)
+    rankings = responses = 0
+    for row, one in enumerate(features):
+        if not one.isfinite().all():
+            raise ValueError(f"ranking {row}: a feature is not finite; check the model")
+        differences = _differences(one.double(), None if ranks is None else ranks[row])
+        if len(differences):
+            total = total + differences.T @ differences / len(differences)
+            center = center + one.double().sum(0)
+            rankings, responses = rankings + 1, responses + len(one)
+    if not rankings:
+        raise ValueError(
+            "no ranking with two responses of different rank to learn from"
+        )
+    return Coverage(total / rankings, center / responses, rankings)
+
+
+def _differences(features: Tensor, ranks: Sequence[float] | None) -> Tensor:
+    """(pairs, d) differences of all pairs of a ranking (their sign does not matter)."""
+    i, j = torch.triu_indices(len(features), len(features), 1)
+    if ranks is not None:
+        ranks = torch.as_tensor(ranks)
+        ordered = ranks[i] != ranks[j]
+        i, j = i[ordered], j[ordered]
+    return features[i] - features[j]
+
+
+def confidence_radius(
+    rankings: int, dimension: int, delta: float = 0.05, scale: float = 1.0
+) -> float:
+    """β = scale · √((d + ln 1/δ) / n): how the paper's bound shrinks (Theorem 3.1).
+
+    Its constant, in `scale`, is far larger than what helps in practice: tune β by what
+    the policy reaches, and use this to carry a β from one amount of data to another.
+    """
+    return scale * math.sqrt((dimension + math.log(1 / delta)) / rankings)
+
+
+def _check_conversations(prompts: Sequence, completions: Sequence) -> None:
+    for name, texts in (("prompts", prompts), ("completions", completions)):
+        for i, text in enumerate(texts):
+            if isinstance(text, str) or not text:
+                raise ValueError(
+                    f"{name}[{i}]: expected messages, got {text!r:.60}; give prompts as "
+                    'lists of {"role": …, "content": …}'
+                )
+
+
+class PessimisticReward:
+    """A reward model with its lower confidence bound, as a reward function.
+
+    Takes the place of the reward in any trainer: `reward(prompts=…, completions=…)` gives
+    a list of floats, as TRL's reward functions do. `fit` it once on the rankings that the
+    reward model was trained on. `reference`: "mean" (of the ranked responses: what is
+    unlike all of them is distrusted), "zero" (the paper's plainest form) or a (d) tensor.
+    v matters: what the data only compare among themselves looks certain from a v inside
+    the data, and not from one outside.
+    """
+
+    __name__ = "pessimistic_reward"
+
+    def __init__(
+        self,
+        reward_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        coverage: Coverage | None = None,
+        *,
+        beta: float,
+        ridge: float = 0.01,
+        reference: str | Tensor = "mean",
+        batch_size: int = 16,
+    ):
+        if beta < 0 or ridge <= 0:
+            raise ValueError(f"beta={beta}, ridge={ridge}: need beta ≥ 0 and ridge > 0")
+        if isinstance(reference, str) and reference not in ("mean", "zero"):
+            raise ValueError(f"reference={reference!r}: 'mean', 'zero' or a tensor")
+        self.reward_model = reward_model.requires_grad_(False).eval()
+        self.tokenizer, self.coverage = tokenizer, coverage
+        self.beta, self.ridge, self.reference = beta, ridge, reference
+        self.batch_size = batch_size
+
+    def fit(self, rankings: Dataset, progress: bool = True) -> "PessimisticReward":
+        """Learn from rows of `load_rankings` which differences were ever compared."""
+        prompts, responses, finished, sizes = [], [], [], []
+        for row in rankings:
+            count = len(row["responses"])
+            prompts += [row["prompt"]] * count
+            responses += row["responses"]
+            finished += row.get("finished") or [True] * count
+            sizes.append(count)
+        features = self.features(prompts, responses, finished, progress)
+        ranked = "ranks" in rankings.column_names
+        ranks = list(rankings["ranks"]) if ranked else None
+        self.coverage = coverage(features.split(sizes), ranks)
+        return self
+
+    def __call__(
+        self,
+        prompts: Sequence[Messages],
+        completions: Sequence[Messages],
+        completion_finished: Sequence[bool] | None = None,
+        **columns,
+    ) -> list[float]:
+        """Lower bounds, one for each completion (messages, the answer last).
+
+        `completion_finished`: False where the token limit cut a completion, which is then
+        read at its last token and not at an EOS it never had. Without it every completion
+        counts as ended, as in TRL. Other columns are ignored.
+        """
+        _check_conversations(prompts, completions)
+        pairs = list(zip(prompts, completions, strict=True))
+        asked = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
+        texts = [completion[-1]["content"] for completion in completions]
+        return self.lower_bounds(asked, texts, completion_finished).tolist()
+
+    def lower_bounds(
+        self,
+        prompts: Sequence[Messages],
+        responses: Sequence[str],
+        finished: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """(N,) float64 rewards less β times their uncertainty."""
+        features = self.features(prompts, responses, finished)
+        return self.scores(features).double() - self.beta * self.uncertainty(features)
+
+    def features(self, prompts, responses, finished=None, progress=False) -> Tensor:
+        """(N, d) features: the states that the reward model's head reads."""
+        return response_features(
+            self.reward_model,
+            self.tokenizer,
+            prompts,
+            responses,
+            finished,
+            self.batch_size,
+            progress,
+        )
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(N,) rewards of the model itself."""
+        with torch.no_grad():
+            features = features.to(self.reward_model.device)
+            return reward_head(self.reward_model, features).cpu()
+
+    def uncertainty(self, features: Tensor) -> Tensor:
+        """(N,) distances from the reference, see `distance`."""
+        if self.coverage is None:
+            raise ValueError("no coverage yet: call fit(rankings), or give one")
+        reference = self.reference
+        if isinstance(reference, str):
+            center = self.coverage.center
+            reference = center if reference == "mean" else torch.zeros_like(center)
+        return distance(features, reference, self.coverage.root(self.ridge))
+
+    def to(self, device: str | torch.device) -> "PessimisticReward":
+        """Move the reward model; the covariance stays where it is."""
+        self.reward_model.to(device)
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write the reward model, its tokenizer and, beside them, what `fit` learnt.
+
+        The folder stays one that `load_reward_model` reads.
+        """
+        if self.coverage is None:
+            raise ValueError("nothing to save before fit(rankings)")
+        folder = Path(folder)
+        with quiet():
+            self.reward_model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        known = self.coverage
+        tensors = {"covariance": known.covariance, "center": known.center}
+        settings = {"beta": self.beta, "ridge": self.ridge, "rankings": known.rankings}
+        if isinstance(self.reference, Tensor):
+            tensors["reference"] = self.reference.contiguous()
+        else:
+            settings["reference"] = self.reference
+        partial = folder / f"{FILE}.tmp"
+        save_file(tensors, partial, metadata={"settings": json.dumps(settings)})
+        os.replace(partial, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path, **changes) -> "PessimisticReward":
+        """Read what `save` wrote; `changes` are other settings, such as `beta`."""
+        folder = Path(folder)
+        tensors = load_file(folder / FILE)
+        with safe_open(folder / FILE, framework="pt") as file:
+            settings = json.loads(file.metadata()["settings"])
+        settings.setdefault("reference", tensors.pop("reference", None))
+        known = Coverage(**tensors, rankings=settings.pop("rankings"))
+        tokenizer = load_tokenizer(folder)
+        model = load_reward_model(folder, tokenizer)
+        return cls(model, tokenizer, known, **{**settings, **changes})

@@ -1,0 +1,348 @@
+"""How fast reward models train: TRL on pairs against K responses in one row.
+
+    python tests/benchmarks/bench_reward.py [--repeats 5] [--data nectar_mini] [--learn 32]
+
+Every measurement is a process of its own; the variants take turns, so that a slow minute
+of the machine hits all of them. Prints a table and writes `results/reward-DATA.json`.
+"""
+
+import argparse
+import gzip
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+# name → (what it is, trained layers or None, prompts a step)
+VARIANTS = {
+    "trl-21": ("TRL RewardTrainer, all 21 pairs", None, 1),
+    "trl-6": ("TRL RewardTrainer, 6 adjacent pairs", None, 1),
+    "padded": ("K padded rows a prompt", None, 4),
+    "shared-1": ("shared prefix, one prompt a batch", None, 1),
+    "shared-4": ("shared prefix, four prompts a batch", None, 4),
+    "shared-4-sdpa": ("the same with torch's dense-mask attention", None, 4),
+    "top-8": ("last 8 layers, no cache", 8, 4),
+    "top-8-first": ("last 8 layers, cached trunk, first epoch", 8, 4),
+    "top-8-later": ("last 8 layers, cached trunk, later epochs", 8, 4),
+    "top-4": ("last 4 layers, no cache", 4, 4),
+    "top-4-first": ("last 4 layers, cached trunk, first epoch", 4, 4),
+    "top-4-later": ("last 4 layers, cached trunk, later epochs", 4, 4),
+}
+
+
+# --- one measurement, in a process of its own
+
+
+def rankings(data: str, split: str, rows: int):
+    """The first `rows` rankings of nectar_mini or of the real Nectar sample."""
+    from starling_lib.rankings import load_rankings
+
+    if data == "nectar_mini":
+        table = load_rankings("nectar_mini", split, duplicates="keep")
+        return table.select(range(min(rows, len(table))))
+    with gzip.open(SHARED / "nectar_sample.jsonl.gz", "rt") as file:
+        lines = [json.loads(line) for line in file]
+    ranked = [r for r in lines if all(a.get("rank") is not None for a in r["answers"])]
+    part = ranked[:-37] if split == "train" else ranked[-37:]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sample.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in part[:rows]))
+        return load_rankings(path, on_error="skip").flatten_indices()
+
+
+class PaddedScorer:
+    """Made a subclass of RankingScorer on use: K right-padded rows a prompt."""
+
+    @staticmethod
+    def make(reward_model):
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        from starling_lib.models import reward_head
+        from starling_lib.prefix import RankingScorer
+
+        class Padded(RankingScorer):
+            def forward(self, input_ids, position_ids, segment_ids, ends):
+                rows = []
+                for ids, segments, last in zip(
+                    input_ids, segment_ids, ends, strict=True
+                ):
+                    for k in range(1, int((last >= 0).sum()) + 1):
+                        rows.append(ids[(segments == 0) | (segments == k)])
+                mask = pad_sequence([torch.ones_like(row) for row in rows], True)
+                out = self.reward_model.base_model(
+                    input_ids=pad_sequence(rows, True),
+                    attention_mask=mask,
+                    use_cache=False,
+                ).last_hidden_state
+                hidden = out[torch.arange(len(rows)), mask.sum(1) - 1]
+                scores = reward_head(self.reward_model, hidden)
+                empty = torch.full_like(ends, torch.nan, dtype=scores.dtype)
+                return empty.masked_scatter(ends >= 0, scores)
+
+        return Padded(reward_model)
+
+
+def our_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
+    from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
+
+    _, layers, batch = VARIANTS[variant]
+    arguments = {
+        "output_dir": folder,
+        "num_layers_unfrozen": layers,
+        "cache_trunk": variant.endswith(("first", "later")),
+        "per_device_train_batch_size": batch,
+        "max_length": 512 if data == "nectar_mini" else 1024,
+        "learning_rate": 5e-5,
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "disable_tqdm": True,
+    }
+    args = KwiseRewardConfig.for_this_machine(**{**arguments, **changes})
+    rows = rankings(data, "train", prompts)
+    trainer = KwiseRewardTrainer("smollm2-135m", args, rows)
+    model = trainer.model.reward_model
+    if variant == "padded":
+        trainer.model = trainer.model_wrapped = PaddedScorer.make(model)
+    if variant.endswith("sdpa"):
+        model.set_attn_implementation("sdpa")
+    return trainer
+
+
+def trl_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
+    from trl import RewardConfig, RewardTrainer
+
+    from starling_lib.checkpoints import machine_defaults
+    from starling_lib.models import load_reward_model, load_tokenizer
+    from starling_lib.rankings import to_preference_pairs
+    from starling_lib.scoring import reward_tokenizer
+
+    pairs = to_preference_pairs(
+        rankings(data, "train", prompts), "all" if variant == "trl-21" else "adjacent"
+    )
+    # Grouping by length needs `length`; characters tell as well as tokens here.
+    def size(row):
+        return {"length": len(str(row["chosen"])) + len(str(row["rejected"]))}
+    pairs = pairs.map(size)
+    arguments = {
+        "output_dir": folder,
+        "per_device_train_batch_size": 21 if variant == "trl-21" else 6,
+        "train_sampling_strategy": "group_by_length",
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "learning_rate": 5e-5,
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "disable_tqdm": True,
+    }
+    tokenizer = reward_tokenizer(load_tokenizer("smollm2-135m"))
+    return RewardTrainer(
+        model=load_reward_model("smollm2-135m", tokenizer),
+        args=RewardConfig(**machine_defaults({**arguments, **changes})),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
+
+
+def tokens_of(trainer) -> int:
+    """Real tokens of one pass over the trainer's rows."""
+    rows = trainer.train_dataset
+    names = [
+        n for n in ("input_ids", "chosen_ids", "rejected_ids") if n in rows.features
+    ]
+    return sum(len(ids) for name in names for ids in rows[name])
+
+
+def flops_a_token(trainer, variant: str) -> float:
+    """Matrix FLOPs a token: 2 a parameter forward, 4 more where it is trained."""
+    model = trainer.model
+    model = getattr(model, "reward_model", model)
+    layers = model.base_model.layers
+    size = sum(p.numel() for p in layers[0].parameters())
+    trained = VARIANTS[variant][1] or len(layers)
+    frozen = 0 if variant.endswith("later") else len(layers) - trained
+    return size * (6 * trained + 2 * frozen)
+
+
+def measure(variant: str, data: str, prompts: int) -> dict[str, float]:
+    """Train `prompts` prompts after one warm-up step; what that took."""
+    import resource
+
+    from transformers import TrainerCallback
+
+    from starling_lib.models import matmul_gflops, precision
+
+    peak = matmul_gflops()
+    batch = VARIANTS[variant][2]
+    epoch = -(-prompts // batch)
+    # A first epoch has no step to spare: its warm-up is the model's first scoring.
+    warmup = {"first": 0, "later": epoch}.get(variant.rpartition("-")[2], 1)
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    make = trl_trainer if variant.startswith("trl") else our_trainer
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(variant, data, prompts, folder, max_steps=warmup + epoch)
+        trainer.add_callback(Clock())
+        trainer.train()
+    seconds, tokens = ends[-1] - ends[warmup], tokens_of(trainer)
+    return {
+        "prompts_per_second": prompts / seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "gflops": tokens * flops_a_token(trainer, variant) / seconds / 1e9,
+        "matmul_gflops": peak,
+        "precision": precision(),
+    }
+
+
+def learn(variant: str, data: str, prompts: int) -> dict[str, float]:
+    """Held-out pair accuracy after one pass over `prompts` prompts."""
+    from starling_lib.metrics import reward_metrics
+    from starling_lib.scoring import score_responses
+
+    make = trl_trainer if variant.startswith("trl") else our_trainer
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(variant, data, prompts, folder, num_train_epochs=1)
+        trainer.train()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    test = rankings(data, "test", 37)
+    flat = [
+        (row["prompt"], response, ended)
+        for row in test
+        for response, ended in zip(row["responses"], row["finished"], strict=True)
+    ]
+    model = getattr(model, "reward_model", model)
+    scores = score_responses(model, trainer.processing_class, *zip(*flat, strict=True))
+    return {"accuracy": reward_metrics(scores.view(len(test), -1))["accuracy"]}
+
+
+# --- all of them, in turns
+
+
+def run(variant: str, options, kind: str) -> dict[str, float]:
+    """One measurement in a new process; its last line is the result."""
+    prompts = options.learn if kind == "learn" else options.prompts
+    command = [sys.executable, __file__, "--worker", variant, "--kind", kind]
+    command += ["--data", options.data, "--prompts", str(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{variant} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(runs: dict[str, list[dict]], accuracy: dict[str, dict]) -> list[dict]:
+    """Medians a variant, and speed as a multiple of TRL on 21 pairs."""
+    rows = []
+    for variant, measured in runs.items():
+        row = {"variant": variant, "what": VARIANTS[variant][0], "runs": len(measured)}
+        for name in measured[0]:
+            values = [m[name] for m in measured]
+            number = isinstance(values[0], float)
+            row[name] = statistics.median(values) if number else values[0]
+        shares = [m["gflops"] / m["matmul_gflops"] for m in measured]
+        rows.append(
+            row
+            | {"share_of_peak": statistics.median(shares)}
+            | accuracy.get(variant, {})
+        )
+    base = next((r for r in rows if r["variant"] == "trl-21"), rows[0])
+    for row in rows:
+        row["times_trl"] = row["prompts_per_second"] / base["prompts_per_second"]
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The results as a Markdown table."""
+    head = [
+        "variant",
+        "prompts/s",
+        "× TRL 21",
+        "tokens/s",
+        "GiB",
+        "of peak",
+        "accuracy",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        accuracy = f"{row['accuracy']:.3f}" if "accuracy" in row else "–"
+        lines.append(
+            [
+                row["what"],
+                f"{row['prompts_per_second']:.3f}",
+                f"{row['times_trl']:.1f}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['peak_gib']:.1f}",
+                f"{row['share_of_peak']:.0%}",
+                accuracy,
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=8, help="timed prompts a run")
+    parser.add_argument(
+        "--learn", type=int, default=0, help="prompts to learn from; 0: none"
+    )
+    parser.add_argument(
+        "--data", choices=["nectar_mini", "nectar_sample"], default="nectar_mini"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS)
+    )
+    parser.add_argument("--worker", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--kind", default="speed", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work = learn if options.kind == "learn" else measure
+        print(json.dumps(work(options.worker, options.data, options.prompts)))
+        return
+    if options.data == "nectar_sample" and not SHARED.is_dir():
+        raise SystemExit("the Nectar sample is not beside this checkout")
+    runs: dict[str, list[dict]] = {variant: [] for variant in options.only}
+    for repeat in range(options.repeats):
+        for variant in options.only:
+            runs[variant].append(run(variant, options, "speed"))
+            speed = runs[variant][-1]["prompts_per_second"]
+            print(
+                f"{repeat + 1}/{options.repeats} {variant}: {speed:.3f} prompts/s",
+                flush=True,
+            )
+    accuracy = {
+        v: run(v, options, "learn")
+        for v in options.only
+        if options.learn and not v.endswith("later")
+    }
+    rows = summary(runs, accuracy)
+    RESULTS.mkdir(exist_ok=True)
+    result = {
+        "date": date.today().isoformat(),
+        "command": " ".join(["python tests/benchmarks/bench_reward.py", *sys.argv[1:]]),
+        "machine": platform.processor() or platform.machine(),
+        "learned_from": options.learn,
+        "rows": rows,
+        "runs": runs,
+    }
+    path = RESULTS / f"reward-{options.data}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{table(rows)}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()
