@@ -106,7 +106,7 @@ def load_rankings(
     `source` is "nectar_mini" (bundled), a JSONL, JSONL.gz or Parquet file, a folder
     with one such file per split, or a hub id such as "berkeley-nest/Nectar". `split`
     takes slices ("train[:100]"). A slice of a hub id downloads the whole split first;
-    `streaming=True` fetches only what is read (use `.take(n)`).
+    `streaming=True` fetches a row group at a time (use `.take(n)`).
 
     on_error    "raise" stops at the first bad row, "skip" sets bad rows aside and warns
                 with their count (a stream warns at each).
