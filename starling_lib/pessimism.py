@@ -9,7 +9,9 @@ merit, and a policy trained on the score finds just those. Zhu, Jordan and Jiao
 
 where Δφ is the difference of two ranked responses and v a reference. Their bound is for a
 reward linear in fixed features. Here the features were learnt from the same rankings, so
-it is a heuristic with their formula.
+it is a heuristic with their formula: look at `uncertainty` of texts you know before
+choosing β. (Features of SmolLM2 without reward training, 100 rankings of nectar_mini: the
+distance mostly told cut responses, far, from finished ones, even senseless ones, near.)
 
 Knows: features, rankings, a reward model as a function. Does not know: policies.
 """

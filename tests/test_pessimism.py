@@ -358,10 +358,13 @@ def test_apa_trains_on_it(pessimistic, tokenizer, policy, tmp_path):
     )
     trainer = APATrainer(policy, pessimistic, args, prompts, processing_class=tokenizer)
     rollout = sample(policy, tokenizer, prompts["prompt"], max_new_tokens=4)
-    rollout.finished[:] = True
+    rollout.finished = torch.arange(4) % 2 == 0  # what was cut must be told
     texts = [[{"role": "assistant", "content": text}] for text in rollout.texts]
     rewards = trainer.rewards(prompts, rollout)
-    assert rewards.tolist() == pytest.approx(pessimistic(prompts["prompt"], texts))
+    asked = (prompts["prompt"], texts)
+    expected = pessimistic(*asked, completion_finished=[True, False, True, False])
+    assert rewards.tolist() == pytest.approx(expected)
+    assert expected != pytest.approx(pessimistic(*asked))
     trainer.train()
     logged = trainer.state.log_history[0]
     assert logged["rewards/0_pessimistic_reward"] == pytest.approx(logged["reward"])
