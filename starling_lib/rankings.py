@@ -302,6 +302,27 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")
 
 
+def read_rows(
+    source: str | Path = "nectar_mini",
+    split: str = "train",
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of the Nectar schema as stored: answers in their own order, ranks or none.
+
+    `source` and `split` as for `load_rankings`; `limit` takes the first rows.
+    An `id` that the source lacks is a hash of the prompt, as there. Raises RankingError.
+    """
+    table = _open(source, split, streaming=False)
+    table = table.select(range(min(limit or len(table), len(table))))
+    rows = []
+    for stored in table:
+        row = _parse_line(stored["jsonl"]) if "jsonl" in stored else stored
+        if not row.get("id") and isinstance(row.get("prompt"), str):
+            row = {"id": _hash(row["prompt"]), **row}
+        rows.append(row)
+    return rows
+
+
 # --- one row
 
 

@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from starling_lib import labeling
+from starling_lib import journal, labeling, ranking_prompt
 from starling_lib.__main__ import main
 from starling_lib.judges import (
     JudgeError,
@@ -451,9 +451,9 @@ def test_a_tag_that_stands_in_a_text_is_passed_over(monkeypatch):
         def hexdigest(self):
             return {b"0": "deadbeef", b"1": "cafecafe"}[self.data[:1]] + "00"
 
-    monkeypatch.setattr(labeling.hashlib, "sha256", Digest)
-    assert labeling._unused_tag(["a", "b"]) == "deadbeef"
-    assert labeling._unused_tag(["a", "<<<deadbeef reply B>>>"]) == "cafecafe"
+    monkeypatch.setattr(ranking_prompt.hashlib, "sha256", Digest)
+    assert ranking_prompt._unused_tag(["a", "b"]) == "deadbeef"
+    assert ranking_prompt._unused_tag(["a", "<<<deadbeef reply B>>>"]) == "cafecafe"
 
 
 @pytest.mark.parametrize(
@@ -725,7 +725,7 @@ def test_two_runs_do_not_write_one_file(tmp_path):
 
 def test_an_interrupt_keeps_what_was_judged(tmp_path, monkeypatch):
     out, seen = tmp_path / "out.jsonl", []
-    line = labeling._line
+    line = journal.line_of
 
     def interrupted(one):
         seen.append(one)
@@ -733,7 +733,7 @@ def test_an_interrupt_keeps_what_was_judged(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return line(one)
 
-    monkeypatch.setattr(labeling, "_line", interrupted)
+    monkeypatch.setattr(journal, "line_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rank(rows(6), Scripted(), out)
     monkeypatch.undo()

@@ -127,9 +127,11 @@ def trl_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
     pairs = to_preference_pairs(
         rankings(data, "train", prompts), "all" if variant == "trl-21" else "adjacent"
     )
+
     # Grouping by length needs `length`; characters tell as well as tokens here.
     def size(row):
         return {"length": len(str(row["chosen"])) + len(str(row["rejected"]))}
+
     pairs = pairs.map(size)
     arguments = {
         "output_dir": folder,

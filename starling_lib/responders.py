@@ -1,0 +1,243 @@
+"""Sampling K responses a prompt from several models, resumable.
+
+Knows: models and servers that answer, rows that wait for a ranking. Does not know judges'
+verdicts.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from starling_lib.chat import (
+    Message,
+    messages_to_transcript,
+    transcript_to_messages,
+)
+from starling_lib.journal import Row, open_journal
+from starling_lib.judges import JudgeError, OpenAIJudge, ask_all
+from starling_lib.recipe_files import recipe_key
+
+
+@dataclass(frozen=True)
+class Responder:
+    """One source of responses: a model with its way of answering."""
+
+    name: str = recipe_key("what the rows call it; each a name of its own")
+    model: str = recipe_key("alias, folder or hub id; with base_url its name there")
+    system: str | None = recipe_key("a prompt before the conversation", default=None)
+    temperature: float = recipe_key("0 is greedy", default=1.0)
+    max_new_tokens: int = recipe_key("where a response is cut", default=256)
+    seed: int = recipe_key("of a local model's sampling", default=0)
+    base_url: str | None = recipe_key(
+        "an OpenAI-compatible server to ask instead of loading the model", default=None
+    )
+    api_key_env: str = recipe_key(
+        "variable that holds its key", default="OPENAI_API_KEY"
+    )
+
+    def messages(self, prompt: Sequence[Message]) -> list[Message]:
+        """The conversation as this responder gets it."""
+        if self.system is None:
+            return list(prompt)
+        own, rest = [self.system], list(prompt)
+        if rest and rest[0]["role"] == "system":  # templates take one such message
+            own.append(rest.pop(0)["content"])
+        return [{"role": "system", "content": "\n\n".join(own)}, *rest]
+
+
+def sample_responses(
+    prompts: Iterable[Mapping[str, Any]],
+    responders: Sequence[Responder],
+    output: str | os.PathLike,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Row]:
+    """One response of every responder to every prompt, as Nectar rows without ranks.
+
+    Args:
+        prompts: rows with an `id` and a `prompt`, messages or a transcript; `source`,
+            `half` and `good_natured` are handed on.
+        output: JSONL file that gets `{"id", "responder", "answer", "finished"}` for
+            each response; a killed run goes on from it. Local models sample
+            `batch_size` prompts of like length at once and write them down together.
+
+    Returns:
+        `id`, `prompt` (transcript), `answers` (`answer`, `model`: the responder's name,
+        `finished`) in the order of `responders`, `turns`, `num_responses`.
+
+    The same prompts, responders and seeds give the same responses of local models, also
+    after a kill. Raises ValueError on rows or names that are not distinct, JudgeError
+    at the end when a server left some prompts without a response.
+    """
+    names = [responder.name for responder in responders]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"responders need distinct names, got {names}")
+    rows = _prompt_rows(prompts)
+    with open_journal(output) as journal:
+        known = {(row["id"], row["responder"]): row for row in journal.rows}
+        missing = {
+            name: [row for row in rows if (row["id"], name) not in known]
+            for name in names
+        }
+        total = len(rows) * len(names)
+        done = total - sum(map(len, missing.values()))
+        bar = tqdm(total=total, initial=done, desc="sampling", disable=not progress)
+        with bar:
+            for new in _new_responses(rows, responders, missing, batch_size, seed):
+                journal.append(*new)
+                known |= {(row["id"], row["responder"]): row for row in new}
+                bar.update(len(new))
+    return [_unranked(row, {n: known[row["id"], n] for n in names}) for row in rows]
+
+
+def _prompt_rows(prompts: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Rows with `messages` and a transcript. Raises ValueError that names the row."""
+    rows: dict[str, Row] = {}
+    for i, row in enumerate(prompts):
+        name, prompt = row.get("id"), row.get("prompt")
+        if not isinstance(name, str) or name in rows:
+            raise ValueError(
+                f"row {i}: id: expected a name of its own, got {name!r:.40}"
+            )
+        try:
+            messages = conversation(prompt)
+            transcript = messages_to_transcript(messages)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {i} (id {name!r}): prompt: {error}") from None
+        rows[name] = {**row, "messages": messages, "prompt": transcript}
+    return list(rows.values())
+
+
+def conversation(prompt: Any) -> list[Message]:
+    """Messages of a transcript, or messages as they are, that end in a user turn."""
+    is_text = isinstance(prompt, str)
+    messages = transcript_to_messages(prompt) if is_text else list(prompt or [])
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("expected a conversation that ends in a user turn")
+    return messages
+
+
+def _new_responses(
+    rows: Sequence[Row],
+    responders: Sequence[Responder],
+    missing: Mapping[str, Sequence[Row]],
+    batch_size: int,
+    seed: int,
+) -> Iterator[list[Row]]:
+    """What the journal lacks, in pieces to be written down at once."""
+    waiting = [responder for responder in responders if missing[responder.name]]
+    local = [responder for responder in waiting if responder.base_url is None]
+    for model in dict.fromkeys(responder.model for responder in local):
+        sharing = [responder for responder in local if responder.model == model]
+        yield from _sample_locally(model, sharing, rows, missing, batch_size, seed)
+    failures: list[str] = []
+    for responder in waiting:
+        if responder.base_url is not None:
+            yield from _ask_server(responder, missing[responder.name], failures)
+    if failures:
+        raise JudgeError(
+            f"{len(failures)} responses are missing, the others are kept: run again to "
+            f"ask for them. The first: {failures[0]}"
+        )
+
+
+def _sample_locally(
+    model: str,
+    responders: Sequence[Responder],
+    rows: Sequence[Row],
+    missing: Mapping[str, Sequence[Row]],
+    batch_size: int,
+    seed: int,
+) -> Iterator[list[Row]]:
+    """Responses of all responders that share a model, which is loaded once."""
+    from starling_lib.models import (
+        default_device,
+        inference,
+        load_policy,
+        load_tokenizer,
+    )
+    from starling_lib.rollouts import half_precision_copy, sample
+
+    policy, tokenizer = load_policy(model).to(default_device()), load_tokenizer(model)
+    with inference(policy):  # once here, else once a chunk
+        policy = half_precision_copy(policy)
+    # Chunks are cut from all rows, so that a resumed run samples the same ones.
+    order = sorted(rows, key=lambda row: (len(row["prompt"]), row["id"]))
+    starts = range(0, len(order), batch_size)
+    for responder, start in itertools.product(responders, starts):
+        chunk = order[start : start + batch_size]
+        lacking = {row["id"] for row in missing[responder.name]}
+        if lacking.isdisjoint(row["id"] for row in chunk):
+            continue
+        rollout = sample(
+            policy,
+            tokenizer,
+            [responder.messages(row["messages"]) for row in chunk],
+            max_new_tokens=responder.max_new_tokens,
+            temperature=responder.temperature,
+            batch_size=batch_size,
+            seed=_chunk_seed(seed, responder, start),
+        )
+        found = zip(chunk, rollout.texts, rollout.finished.tolist(), strict=True)
+        yield [
+            _response(row, responder, text, ended)
+            for row, text, ended in found
+            if row["id"] in lacking
+        ]
+
+
+def _chunk_seed(seed: int, responder: Responder, start: int) -> int:
+    """A seed of its own for each chunk and responder, also if two are alike in all."""
+    text = f"{seed} {responder.seed} {start} {responder.name}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+
+def _ask_server(
+    responder: Responder, rows: Sequence[Row], failures: list[str]
+) -> Iterator[list[Row]]:
+    """Responses of a server, one by one; what fails is added to `failures`."""
+    server = OpenAIJudge(
+        responder.model,
+        responder.base_url,
+        temperature=responder.temperature,
+        max_tokens=responder.max_new_tokens,
+        api_key_env=responder.api_key_env,
+    )
+    requests = [(responder.messages(row["messages"]), responder.seed) for row in rows]
+    with contextlib.closing(ask_all(server, requests)) as replies:
+        for index, reply in replies:
+            if isinstance(reply, JudgeError):
+                failures.append(f"row {rows[index]['id']!r}: {reply}")
+                continue
+            ended = reply.finish_reason != "length"
+            yield [_response(rows[index], responder, reply.text, ended)]
+
+
+def _response(row: Row, responder: Responder, text: str, finished: bool) -> Row:
+    return {
+        "id": row["id"],
+        "responder": responder.name,
+        "answer": text,
+        "finished": finished,
+    }
+
+
+def _unranked(row: Row, responses: Mapping[str, Row]) -> Row:
+    kept = ("source", "good_natured", "half")
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "answers": [
+            {"answer": found["answer"], "model": name, "finished": found["finished"]}
+            for name, found in responses.items()
+        ],
+        "turns": sum(message["role"] == "user" for message in row["messages"]),
+        "num_responses": len(responses),
+    } | {name: row[name] for name in kept if row.get(name) is not None}
