@@ -13,11 +13,12 @@ OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow lab lint format freeze clean
+.PHONY: help venv run test test-slow bench-reward bench-losses lab lint format freeze \
+        clean
 
 help:  ## list the targets
 	@echo 'Usage: make TARGET [VARIABLE=value ...]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' Makefile
 	@echo 'Variables:'
 	@echo '  PRESET     small (default) or tiny'
 	@echo '  ARGS       more options of notebooks/run.py, e.g. ARGS="--only 01 02"'
@@ -48,6 +49,12 @@ test: lint  ## lint, fast tests, notebooks on the tiny preset
 
 test-slow: $(STAMP)  ## tests that need SmolLM2, kills or second processes
 	$(PY) -m pytest -m slow
+
+bench-reward: $(STAMP)  ## speed of reward training, TRL beside ours (an hour)
+	$(OFFLINE) $(PY) tests/benchmarks/bench_reward.py $(ARGS)
+
+bench-losses: $(STAMP)  ## MLE_K against MLE_2, five seeds (an hour)
+	$(OFFLINE) $(PY) tests/benchmarks/study_losses.py $(ARGS)
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks

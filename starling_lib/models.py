@@ -46,6 +46,7 @@ BUNDLED_REQUIREMENT = (
 BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLED_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 TINY_ALIAS = "tiny"
+LICENSES = {BUNDLED_ALIAS: "apache-2.0", TINY_ALIAS: "apache-2.0"}
 # Times N(0, 1/(hidden+1)) of Stiennon et al. 2020 (arXiv 2009.01325). At their scale the
 # first scores are a random ranking that has to be unlearnt: the first loss on nectar_mini
 # was 2.2, where equal scores cost 1.42.

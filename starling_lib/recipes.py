@@ -21,7 +21,9 @@ import yaml
 from starling_lib import models
 from starling_lib.apa import APAConfig, APATrainer
 from starling_lib.checkpoints import MARKER, write_marker
+from starling_lib.publish import KNOWN_DATA, save_reward_card
 from starling_lib.rankings import data_path, load_rankings
+from starling_lib.reports import reward_report
 from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
 
 RECIPES = Path(__file__).with_suffix("")
@@ -205,6 +207,7 @@ def reward_model(settings: Settings, fresh: bool = False) -> Path:
         trainer.train(resume_from_checkpoint=True)
         trainer.evaluate()
         save_trained(trainer, folder)
+        document_reward_model(trainer, settings, folder)
 
     return keep("reward_model", settings, build, "(about 3 minutes)", fresh)
 
@@ -217,6 +220,34 @@ def reward_trainer(settings: Settings, folder: Path) -> KwiseRewardTrainer:
         train_dataset=settings.rankings("train"),
         eval_dataset=settings.rankings("test"),
     )
+
+
+def document_reward_model(
+    trainer: KwiseRewardTrainer, settings: Settings, folder: Path
+) -> None:
+    """Write `reward_report.json` and `.png`, and a model card, beside a reward model."""
+    rows = trainer.eval_dataset
+    report = reward_report(
+        trainer.score_rankings(),
+        _padded(rows["lengths"], trainer.responses),
+        settings.rankings("test")["source"],
+        folder,
+        ranks=_padded(rows["ranks"], trainer.responses),
+    )
+    if settings.data not in KNOWN_DATA or settings.model not in models.LICENSES:
+        return  # whose licence is not known, nothing can be said of
+    figures = {
+        name: (line["estimate"], line["low"], line["high"])
+        for name, line in report["metrics"].items()
+        if None not in (line["estimate"], line["low"], line["high"])
+    }
+    save_reward_card(
+        folder, settings.model, settings.data, models.LICENSES[settings.model], figures
+    )
+
+
+def _padded(rows: list[list[float]], width: int) -> list[list[float]]:
+    return [[*row, *[float("nan")] * (width - len(row))] for row in rows]
 
 
 def tuned_policy(settings: Settings, fresh: bool = False) -> Path:

@@ -40,8 +40,8 @@ ORDER = [
     "evaluation",
     "plots",
     "reports",
-    "recipes",
     "publish",
+    "recipes",
     "__main__",
 ]
 # Judging a reply or reading a report must not load a deep-learning stack.
