@@ -52,12 +52,14 @@ class JudgeError(RuntimeError):
     """No usable reply; the message names the request, what happened and what to do.
 
     `fatal` says that no other request can succeed either (a refused key, an unknown
-    model): `ask_all` stops at once.
+    model): `ask_all` stops at once. `unreachable`: no server answered; several of these
+    in a row stop it too.
     """
 
-    def __init__(self, message: str, fatal: bool = False):
+    def __init__(self, message: str, fatal: bool = False, unreachable: bool = False):
         super().__init__(message)
         self.fatal = fatal
+        self.unreachable = unreachable
 
 
 class Judge(Protocol):
@@ -387,7 +389,7 @@ class LoggedJudge:
         except JudgeError as error:
             self.usage.count(error)
             message = f"request {digest[:8]} to {self.model}: {error}"
-            raise JudgeError(message, error.fatal) from None
+            raise JudgeError(message, error.fatal, error.unreachable) from None
         self.usage.count(reply)
         if self.log is None:
             return reply
@@ -603,7 +605,8 @@ class OpenAIJudge(LoggedJudge):
             )
         if not isinstance(error, APIStatusError):
             where = _shown(self.base_url)
-            return JudgeError(f"the connection to {where} failed: is the server up?")
+            message = f"the connection to {where} failed: is the server up?"
+            return JudgeError(message, unreachable=True)
         status = error.status_code
         advice = _ADVICE.get(status, "try again later: the server could not answer")
         said = error.response.text.strip() or "no explanation"
@@ -807,9 +810,11 @@ def ask_all(
     Yields (index into `requests`, reply), or the JudgeError of a request that failed,
     so that one failure loses no other reply. `progress` names a bar with tokens and
     cost so far. Closing the iterator, or an interrupt, cancels what has not started.
-    Raises a fatal JudgeError (refused key, unknown model), which would meet all alike.
+    Raises a fatal JudgeError (refused key, unknown model), which would meet all alike,
+    and one after several failed connections in a row.
     """
     usage, todo = Usage(), iter(enumerate(requests))
+    lost = 0  # connections that failed one after another
     pool = ThreadPoolExecutor(judge.concurrency, thread_name_prefix="judge")
     bar = tqdm(total=len(requests), desc=progress, disable=progress is None)
     pending: dict[Future, int] = {}
@@ -825,6 +830,13 @@ def ask_all(
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in sorted(done, key=_is_fatal):  # good replies first
                 i, outcome = pending.pop(future), _outcome(future)
+                lost = lost + 1 if getattr(outcome, "unreachable", False) else 0
+                if lost > max(2, judge.concurrency):
+                    raise JudgeError(
+                        f"{lost} requests in a row found no server; the last {outcome}. "
+                        "What was answered is kept: run again to go on",
+                        fatal=True,
+                    )
                 usage.count(outcome)
                 bar.set_postfix_str(str(usage), refresh=False)
                 bar.update()

@@ -915,6 +915,43 @@ def test_good_replies_are_yielded_before_a_fatal_refusal():
     assert sorted(i for i, _ in replies) == [0, 2, 4, 6, 8]
 
 
+class Flaky:
+    """Answers the requests named; finds no server for the others."""
+
+    model, settings, concurrency = "flaky", {}, 1
+
+    def __init__(self, up):
+        self.up, self.asked = up, []
+
+    def ask(self, messages, draw=0):
+        number = int(messages[-1]["content"])
+        self.asked.append(number)
+        if number not in self.up:
+            raise JudgeError(f"request {number}: no connection", unreachable=True)
+        return Reply("yes")
+
+
+def test_a_server_that_is_gone_stops_the_run_and_loses_nothing():
+    judge, found = Flaky(up={0, 1, 4}), {}
+    with pytest.raises(JudgeError, match="3 requests in a row found no server.*again"):
+        for i, outcome in ask_all(judge, questions(50)):
+            found[i] = outcome
+    assert {i for i, outcome in found.items() if isinstance(outcome, Reply)} == {
+        0,
+        1,
+        4,
+    }
+    assert len(judge.asked) <= 9  # two lost at 2 and 3 are no reason to stop
+
+
+def test_a_dead_server_is_told_from_a_bad_reply():
+    judge = OpenAIJudge("m", "http://127.0.0.1:9/v1", max_retries=0)
+    outcomes = []
+    with pytest.raises(JudgeError, match="found no server") as caught:
+        outcomes.extend(ask_all(judge, questions(100)))
+    assert caught.value.fatal and len(outcomes) == judge.concurrency
+
+
 def test_a_bug_in_a_judge_is_not_taken_for_its_silence():
     class Broken:
         model, settings, concurrency = "m", {}, 2
