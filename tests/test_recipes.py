@@ -1,0 +1,136 @@
+"""Presets that fit the machine, and artefacts that are made once."""
+
+import json
+
+import pytest
+
+from starling_lib import models, recipes
+from starling_lib.checkpoints import MARKER
+from starling_lib.recipes import KeyFigures, keep, load_settings
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and a machine of known speed."""
+    monkeypatch.setenv("STARLING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "matmul_gflops", lambda: 1000.0)
+    return tmp_path / "cache"
+
+
+# --- presets
+
+
+def test_a_slow_machine_gets_the_smaller_sizes_and_nothing_else(monkeypatch):
+    fast = load_settings("small")
+    monkeypatch.setattr(models, "matmul_gflops", lambda: 50.0)
+    slow = load_settings("small")
+    assert (fast.reduced, slow.reduced) == (False, True)
+    assert slow.gflops == 50
+    assert slow.apa["rollout_batch_size"] < fast.apa["rollout_batch_size"]
+    assert slow.apa["learning_rate"] == fast.apa["learning_rate"]
+    assert slow.model == fast.model
+
+
+def test_overrides_replace_single_keys_of_a_stage():
+    plain, changed = load_settings("tiny"), load_settings("tiny", apa={"apa_lambda": 9})
+    assert changed.apa == plain.apa | {"apa_lambda": 9}
+    assert load_settings("tiny", data="somewhere").data == "somewhere"
+
+
+def test_mistakes_in_presets_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no preset 'smal': choose from small, tiny"):
+        load_settings("smal")
+    with pytest.raises(ValueError, match="unknown field .*'modell'"):
+        load_settings("tiny", modell="x")
+    with pytest.raises(ValueError, match="apa.base='trl': choose 'starling' or"):
+        load_settings("tiny", apa={"base": "trl"}).apa_config(tmp_path)
+
+
+def test_the_fingerprint_covers_what_decides_the_weights(monkeypatch, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("one")
+    base = {"data": str(data)}
+    first = load_settings("tiny", **base)
+    same = load_settings("tiny", **base, evaluation={"samples": 99})
+    assert first.fingerprint("tuned_policy") == same.fingerprint("tuned_policy")
+    policy_only = load_settings("tiny", **base, apa={"apa_lambda": 7})
+    assert first.fingerprint("reward_model") == policy_only.fingerprint("reward_model")
+    others = [
+        policy_only,
+        load_settings("tiny", seed=1, **base),
+        load_settings("tiny", **base, model="other"),
+        load_settings("tiny", **base, rows=3),
+        load_settings("tiny", **base, reward={"learning_rate": 1}),
+    ]
+    marks = {settings.fingerprint("tuned_policy") for settings in [first, *others]}
+    monkeypatch.setenv("STARLING_PRECISION", "fp16")
+    marks.add(first.fingerprint("tuned_policy"))
+    data.write_text("two")
+    marks.add(first.fingerprint("tuned_policy"))
+    assert len(marks) == len(others) + 3
+
+
+# --- artefacts
+
+
+def builder(calls, fail=False):
+    def build(folder):
+        calls.append(sorted(path.name for path in folder.iterdir()))
+        (folder / "weights").write_text("w")
+        (folder / "checkpoint-3").mkdir(exist_ok=True)
+        if fail:
+            raise KeyboardInterrupt
+
+    return build
+
+
+def test_an_artefact_is_made_once_and_its_checkpoints_go(capsys):
+    settings, calls = load_settings("tiny"), []
+    folder = keep("reward_model", settings, builder(calls), "(a minute)")
+    assert (
+        "none yet for these settings: making it (a minute)" in capsys.readouterr().out
+    )
+    assert keep("reward_model", settings, builder(calls)) == folder
+    assert "re-using" in capsys.readouterr().out
+    assert calls == [[]]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"weights", "seconds.json", MARKER}
+    keep("reward_model", load_settings("tiny", seed=5), builder(calls))
+    assert len(calls) == 2
+    keep("reward_model", settings, builder(calls), fresh=True)
+    assert calls[2] == []
+
+
+def test_an_interrupted_build_goes_on_in_its_folder(capsys):
+    settings, calls = load_settings("tiny"), []
+    with pytest.raises(KeyboardInterrupt):
+        keep("reward_model", settings, builder(calls, fail=True))
+    capsys.readouterr()
+    folder = keep("reward_model", settings, builder(calls))
+    assert "resuming" in capsys.readouterr().out
+    assert calls == [[], ["checkpoint-3", "weights"]]
+    assert (folder / MARKER).exists()
+
+
+@pytest.mark.slow
+def test_a_reward_model_comes_with_a_report_and_a_card():
+    folder = recipes.reward_model(load_settings("tiny"))
+    report = json.loads((folder / "reward_report.json").read_text())
+    assert 0 <= report["metrics"]["accuracy"]["low"] <= 1
+    assert (folder / "reward_report.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n") and "nectar_mini" in card
+    logged = [e for e in recipes.log_history(folder) if "eval_accuracy" in e]
+    accuracy = report["metrics"]["accuracy"]["estimate"]
+    assert logged[-1]["eval_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_key_figures_are_shown_and_machine_readable():
+    import numpy as np
+
+    figures = KeyFigures("n", {"share": np.float32(0.25), "<b>": "text"})
+    bundle = figures._repr_mimebundle_()
+    assert bundle["text/plain"] == "share: 0.25\n<b>: text"
+    assert "&lt;b&gt;" in bundle["text/html"]
+    plain = bundle[recipes.FIGURES_MIME]
+    assert json.loads(json.dumps(plain))["figures"]["share"] == 0.25
