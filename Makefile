@@ -44,7 +44,8 @@ run: $(STAMP)  ## execute notebooks 01-04 and print their key figures
 	$(PY) notebooks/run.py --preset $(PRESET) $(ARGS)
 
 test: lint  ## lint, fast tests, notebooks on the tiny preset
-	$(OFFLINE) $(PY) -m pytest -m 'not slow and not notebook'
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile \
+	  -m 'not slow and not notebook'
 	$(OFFLINE) $(PY) -m pytest -m 'notebook and not slow'
 
 test-slow: $(STAMP)  ## tests that need SmolLM2, kills or second processes
