@@ -338,6 +338,20 @@ def test_a_run_leaves_notebooks_pages_and_reports(tmp_path, machine, capsys):
     assert re.search(r"^02_b +cell +3/3 .*done$", printed, flags=re.MULTILINE)
 
 
+def test_a_machine_without_fast_bf16_has_more_time(tmp_path, machine, monkeypatch):
+    times = {}
+
+    def note(path, overrides, out, in_place, budgets):
+        times[path.stem] = budgets
+        return {"notebook": path.stem, "status": "ok", "seconds": 1, "figures": {}}
+
+    monkeypatch.setattr(run, "run_notebook", note)
+    places = ["--out", str(tmp_path / "runs"), "--only", "02"]
+    assert run.main(places) == 0
+    assert times["02_reward_model"]["02_reward_model"] == 12  # `machine` is fp32
+    assert sum(run.SLOW_BUDGETS.values()) <= 30 and sum(run.BUDGETS.values()) <= 20
+
+
 def test_a_run_stops_at_the_first_failure_and_says_so(tmp_path, machine, capsys):
     write(tmp_path, "01_a", FIGURES, "raise SystemError('lost')")
     write(tmp_path, "02_b", FIGURES)
