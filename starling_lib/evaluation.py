@@ -253,10 +253,10 @@ def _response_cell(row: pd.Series, side: str) -> str:
 SIDE_BY_SIDE_STYLE = """<style>
 .side-by-side { border-collapse: collapse; width: 100%; table-layout: fixed }
 .side-by-side caption { caption-side: top; text-align: left; padding: 4px 0 }
-.side-by-side th, .side-by-side td { text-align: left; vertical-align: top;
-  padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere;
+table.side-by-side thead th, table.side-by-side tbody td { text-align: left;
+  vertical-align: top; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere;
   border-top: 1px solid rgba(128, 128, 128, .4) }
-.side-by-side th:first-child { width: 24% }
+table.side-by-side thead th:first-child { width: 24% }
 </style>"""
 
 
