@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from datetime import date
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def rankings(data: str, split: str, rows: int):
     from starling_lib.rankings import load_rankings
 
     if data == "nectar_mini":
-        table = load_rankings("nectar_mini", split, duplicates="keep")
+        with warnings.catch_warnings(action="ignore"):  # identical answers
+            table = load_rankings("nectar_mini", split)
         return table.select(range(min(rows, len(table))))
     with gzip.open(SHARED / "nectar_sample.jsonl.gz", "rt") as file:
         lines = [json.loads(line) for line in file]
@@ -128,15 +130,11 @@ def trl_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
         rankings(data, "train", prompts), "all" if variant == "trl-21" else "adjacent"
     )
 
-    # Grouping by length needs `length`; characters tell as well as tokens here.
-    def size(row):
-        return {"length": len(str(row["chosen"])) + len(str(row["rejected"]))}
-
-    pairs = pairs.map(size)
     arguments = {
         "output_dir": folder,
         "per_device_train_batch_size": 21 if variant == "trl-21" else 6,
         "train_sampling_strategy": "group_by_length",
+        "remove_unused_columns": False,  # its sampler reads `length`
         "gradient_checkpointing": False,
         "max_length": None,
         "learning_rate": 5e-5,
@@ -145,12 +143,23 @@ def trl_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
         "disable_tqdm": True,
     }
     tokenizer = reward_tokenizer(load_tokenizer("smollm2-135m"))
-    return RewardTrainer(
+    trainer = RewardTrainer(
         model=load_reward_model("smollm2-135m", tokenizer),
         args=RewardConfig(**machine_defaults({**arguments, **changes})),
         train_dataset=pairs,
         processing_class=tokenizer,
     )
+    # What its sampler groups by, which its own preparation does not leave.
+    lengths = [
+        max(len(chosen), len(rejected))
+        for chosen, rejected in zip(
+            trainer.train_dataset["chosen_ids"],
+            trainer.train_dataset["rejected_ids"],
+            strict=True,
+        )
+    ]
+    trainer.train_dataset = trainer.train_dataset.add_column("length", lengths)
+    return trainer
 
 
 def tokens_of(trainer) -> int:
