@@ -36,6 +36,7 @@ from starling_lib.checkpoints import (
     check_arguments,
     machine_defaults,
 )
+from starling_lib.journal import write_atomically
 from starling_lib.models import ValueHead, inference, load_policy, load_tokenizer
 from starling_lib.prefix import use_fast_backward
 from starling_lib.reward import score_responses
@@ -716,7 +717,7 @@ class APATrainer(WrappedModelTrainer):
         if not self._samples_cleared:
             drop_samples(path, iteration)
             self._samples_cleared = True
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             for i in range(min(self.args.num_samples_kept, len(rollout))):
                 row = {
                     "iteration": iteration,
@@ -801,12 +802,10 @@ def drop_samples(path: Path, iteration: int) -> None:
     """Leave only rows of earlier iterations: a resumed run samples the others anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not splitlines: a response may hold other line separators than a newline.
-    lines = path.read_text().split("\n") if path.exists() else []
+    lines = path.read_text("utf-8").split("\n") if path.exists() else []
     rows = [line for line in lines if line.endswith("}")]  # a kill may cut the last
     kept = [row for row in rows if json.loads(row)["iteration"] < iteration]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(row + "\n" for row in kept))
-    partial.replace(path)
+    write_atomically(path, "".join(row + "\n" for row in kept).encode())
 
 
 class RewardSum:

@@ -71,6 +71,7 @@ def _mend_end(path: Path) -> None:
 
 
 def line_of(row: Mapping[str, Any]) -> bytes:
+    """A row as one line of JSON in UTF-8. Raises ValueError on NaN and infinity."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     # Half a surrogate pair, which UTF-8 cannot hold, is escaped and so kept as it is.
     return text.encode("utf-8", "backslashreplace")

@@ -6,7 +6,6 @@ how any of them came about. Nothing here uploads anything.
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from starling_lib.journal import write_atomically
 from starling_lib.models import BUNDLED_ALIAS, BUNDLED_NAME
 from starling_lib.statistics import Interval
 
@@ -200,9 +200,7 @@ def save_reward_card(
     folder = Path(folder)
     name = name or folder.resolve().name
     text = reward_model_card(name, base_model, data, license, figures, **options)
-    partial = folder / "README.md.tmp"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / "README.md")
+    write_atomically(folder / "README.md", text.encode())
     return folder / "README.md"
 
 

@@ -205,9 +205,8 @@ def reward_model(settings: Settings, fresh: bool = False) -> Path:
     def build(folder: Path) -> None:
         trainer = reward_trainer(settings, folder)
         trainer.train(resume_from_checkpoint=True)
-        trainer.evaluate()
+        evaluate_reward_model(trainer, settings, folder)
         save_trained(trainer, folder)
-        document_reward_model(trainer, settings, folder)
 
     return keep("reward_model", settings, build, "(about 3 minutes)", fresh)
 
@@ -222,18 +221,17 @@ def reward_trainer(settings: Settings, folder: Path) -> KwiseRewardTrainer:
     )
 
 
-def document_reward_model(
+def evaluate_reward_model(
     trainer: KwiseRewardTrainer, settings: Settings, folder: Path
 ) -> None:
-    """Write `reward_report.json` and `.png`, and a model card, beside a reward model."""
-    rows = trainer.eval_dataset
-    report = reward_report(
-        trainer.score_rankings(),
-        _padded(rows["lengths"], trainer.responses),
-        settings.rankings("test")["source"],
-        folder,
-        ranks=_padded(rows["ranks"], trainer.responses),
-    )
+    """Log the held-out metrics as `trainer.evaluate` does; from the same scores, write
+    `reward_report.json` and `.png` and, where the licences are known, a model card.
+    """
+    held_out = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+    trainer.log(held_out.metrics)
+    lengths, ranks = held_out.label_ids
+    sources = settings.rankings("test")["source"]
+    report = reward_report(held_out.predictions, lengths, sources, folder, ranks)
     if settings.data not in KNOWN_DATA or settings.model not in models.LICENSES:
         return  # whose licence is not known, nothing can be said of
     figures = {
@@ -244,10 +242,6 @@ def document_reward_model(
     save_reward_card(
         folder, settings.model, settings.data, models.LICENSES[settings.model], figures
     )
-
-
-def _padded(rows: list[list[float]], width: int) -> list[list[float]]:
-    return [[*row, *[float("nan")] * (width - len(row))] for row in rows]
 
 
 def tuned_policy(settings: Settings, fresh: bool = False) -> Path:

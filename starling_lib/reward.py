@@ -126,10 +126,8 @@ class KwiseRewardConfig(TrainingArguments):
             raise ValueError(
                 f"loss_type={self.loss_type!r}: choose from {list(LOSSES)}"
             )
-        if self.loss_top is not None and (self.loss_type, self.loss_top < 1) != (
-            "kwise",
-            False,
-        ):
+        top = self.loss_top
+        if top is not None and (self.loss_type != "kwise" or top < 1):
             raise ValueError(
                 f"loss_top={self.loss_top} with loss_type={self.loss_type!r}: give a "
                 "positive number with 'kwise', or None"
@@ -184,7 +182,9 @@ class KwiseRewardTrainer(WrappedModelTrainer):
             self.peft_model = add_adapters(model, peft_config, args.num_layers_unfrozen)
         tokenizer = reward_tokenizer(processing_class)
         self.responses = _most_responses(train_dataset, eval_dataset)
-        scorer = RankingScorer(model, args.num_layers_unfrozen)
+        # The split is verified when it is made, which only the cache has a use for.
+        split_at = args.num_layers_unfrozen if args.cache_trunk else None
+        scorer = RankingScorer(model, split_at)
         train_rows = _encode_rows(train_dataset, tokenizer, args.max_length)
         eval_rows = _encode_rows(eval_dataset, tokenizer, args.max_length)
         self.trunk_cache = _open_cache(args, scorer, train_rows, eval_rows)
@@ -248,12 +248,10 @@ class KwiseRewardTrainer(WrappedModelTrainer):
     ):
         names = (*TOKEN_FIELDS, "trunk_states")
         scores = model(**{name: inputs[name] for name in names if name in inputs})
-        mask, ranks = inputs["ends"] >= 0, inputs["ranks"]
-        tied = ((ranks[:, 1:] == ranks[:, :-1]) & mask[:, 1:]).any()
-        known, weight = torch.where(mask, scores, 0), inputs["weight"]
-        loss = self.loss_function(known, mask, weight, ranks=ranks if tied else None)
+        mask, weight = inputs["ends"] >= 0, inputs["weight"]
+        loss = self.loss_function(scores, mask, weight, ranks=inputs["ranks"])
         if coefficient := self.args.center_rewards_coefficient:
-            loss = loss + coefficient * centering_penalty(known, mask, weight)
+            loss = loss + coefficient * centering_penalty(scores, mask, weight)
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

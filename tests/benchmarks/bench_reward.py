@@ -59,37 +59,32 @@ def rankings(data: str, split: str, rows: int):
         return load_rankings(path, on_error="skip").flatten_indices()
 
 
-class PaddedScorer:
-    """Made a subclass of RankingScorer on use: K right-padded rows a prompt."""
+def padded_scorer(reward_model):
+    """A RankingScorer that computes K right-padded rows a prompt."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    @staticmethod
-    def make(reward_model):
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
+    from starling_lib.models import reward_head
+    from starling_lib.prefix import RankingScorer
 
-        from starling_lib.models import reward_head
-        from starling_lib.prefix import RankingScorer
+    class Padded(RankingScorer):
+        def forward(self, input_ids, position_ids, segment_ids, ends):
+            rows = []
+            for ids, segments, last in zip(input_ids, segment_ids, ends, strict=True):
+                for k in range(1, int((last >= 0).sum()) + 1):
+                    rows.append(ids[(segments == 0) | (segments == k)])
+            mask = pad_sequence([torch.ones_like(row) for row in rows], True)
+            out = self.reward_model.base_model(
+                input_ids=pad_sequence(rows, True),
+                attention_mask=mask,
+                use_cache=False,
+            ).last_hidden_state
+            hidden = out[torch.arange(len(rows)), mask.sum(1) - 1]
+            scores = reward_head(self.reward_model, hidden)
+            empty = torch.full_like(ends, torch.nan, dtype=scores.dtype)
+            return empty.masked_scatter(ends >= 0, scores)
 
-        class Padded(RankingScorer):
-            def forward(self, input_ids, position_ids, segment_ids, ends):
-                rows = []
-                for ids, segments, last in zip(
-                    input_ids, segment_ids, ends, strict=True
-                ):
-                    for k in range(1, int((last >= 0).sum()) + 1):
-                        rows.append(ids[(segments == 0) | (segments == k)])
-                mask = pad_sequence([torch.ones_like(row) for row in rows], True)
-                out = self.reward_model.base_model(
-                    input_ids=pad_sequence(rows, True),
-                    attention_mask=mask,
-                    use_cache=False,
-                ).last_hidden_state
-                hidden = out[torch.arange(len(rows)), mask.sum(1) - 1]
-                scores = reward_head(self.reward_model, hidden)
-                empty = torch.full_like(ends, torch.nan, dtype=scores.dtype)
-                return empty.masked_scatter(ends >= 0, scores)
-
-        return Padded(reward_model)
+    return Padded(reward_model)
 
 
 def our_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
@@ -112,7 +107,7 @@ def our_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
     trainer = KwiseRewardTrainer("smollm2-135m", args, rows)
     model = trainer.model.reward_model
     if variant == "padded":
-        trainer.model = trainer.model_wrapped = PaddedScorer.make(model)
+        trainer.model = trainer.model_wrapped = padded_scorer(model)
     if variant.endswith("sdpa"):
         model.set_attn_implementation("sdpa")
     return trainer
