@@ -551,3 +551,24 @@ def test_pairs_are_in_trls_format(ranking):
 def test_another_kind_of_pairs_is_an_error(ranking, pairs):
     with pytest.raises(ValueError, match="expected"):
         to_preference_pairs(ranking, pairs)
+
+
+def test_ten_thousand_damaged_rows_are_refused_or_ranked_right():
+    """One field of a real row replaced at random: an error, or the ranks as given."""
+    rng, accepted = np.random.default_rng(0), 0
+    rows = rankings.read_rows("nectar_mini")
+    junk = [None, "", " ", 0, 1, 2.0, 3.5, -1, True, [], {}, "1", float("nan"), "x\n"]
+    for i in range(10_000):
+        row = json.loads(json.dumps(rows[i % len(rows)]))
+        part = row if rng.random() < 0.3 else row["answers"][rng.integers(7)]
+        field = sorted(part)[rng.integers(len(part))]
+        part[field] = junk[rng.integers(len(junk))]
+        found = rankings._read_row(row, i, "skip", "keep", "train")
+        if found["problem"] is None:
+            accepted += 1
+            in_order = sorted(row["answers"], key=lambda answer: answer["rank"])
+            assert found["responses"] == [answer["answer"] for answer in in_order]
+            assert found["ranks"] == [1, 2, 3, 4, 5, 6, 7]
+        else:
+            assert found["problem"].startswith(f"row {i} of 'train'")
+    assert 500 < accepted < 9500  # both ends of the test are reached
