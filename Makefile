@@ -54,8 +54,9 @@ test-slow: $(STAMP)  ## tests that need SmolLM2, kills or second processes
 bench-reward: $(STAMP)  ## speed of reward training, TRL beside ours (an hour)
 	$(OFFLINE) $(PY) tests/benchmarks/bench_reward.py $(ARGS)
 
-bench-losses: $(STAMP)  ## MLE_K against MLE_2, five seeds (an hour)
-	$(OFFLINE) $(PY) tests/benchmarks/study_losses.py $(ARGS)
+bench-losses: $(STAMP)  ## MLE_K against MLE_2, and reading of endings (two hours)
+	$(OFFLINE) $(PY) tests/benchmarks/study_reward.py losses $(ARGS)
+	$(OFFLINE) $(PY) tests/benchmarks/study_reward.py endings $(ARGS)
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks

@@ -12,12 +12,11 @@ response, EOS included; the reward sits on the response's last token; whitening 
 response tokens of the whole rollout batch; advantages are computed once an iteration.
 """
 
-import copy
-import inspect
 import json
 import math
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +30,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from starling_lib import objectives
+from starling_lib.actor_critic import ActorCritic, Reference, join_rows, top_states
 from starling_lib.checkpoints import (
     WrappedModelTrainer,
     check_arguments,
@@ -38,24 +38,41 @@ from starling_lib.checkpoints import (
 )
 from starling_lib.journal import write_atomically
 from starling_lib.models import ValueHead, inference, load_policy, load_tokenizer
-from starling_lib.prefix import use_fast_backward
-from starling_lib.reward import score_responses
+from starling_lib.policy_rewards import (
+    KLCoefficient,
+    RewardFunction,
+    RewardScale,
+    RewardSum,
+    RunningMoments,
+    checked_scores,
+    token_rewards,
+)
+from starling_lib.rankings import map_rows
 from starling_lib.rollouts import (
     Rollout,
-    next_token_logits,
-    predicting_states,
-    response_inputs,
+    encode_prompt,
+    given_responses,
     sample,
     scatter,
-    token_entropy,
     token_logprobs,
 )
-from starling_lib.trunk import add_adapters, freeze_below, try_split_trunk
+from starling_lib.trunk import add_adapters
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-RewardFunction = PreTrainedModel | Callable[..., Sequence[float]]
+__all__ = [
+    "APAConfig",
+    "APATrainer",
+    "ActorCritic",
+    "Reference",
+    "RewardSum",
+    "RunningMoments",
+    "checked_scores",
+    "token_rewards",
+    "top_states",
+]
+TOKEN_FIELDS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
 
 
 @dataclass
@@ -71,7 +88,11 @@ class APAConfig(TrainingArguments):
       reward            score of the reward functions, before scaling. Should rise.
       reward_std        its spread; near 0 means every response scores alike: no signal.
       kl                Σ over a response of k3(π, π_init), in nats. Grows slowly; a jump
-                        means λ or the learning rate is too large.
+                        means λ is too small or the learning rate too large.
+      kl_exact          the same from the whole distributions, with `exact_kl`: k3 is
+                        right on average, this for each token.
+      kl_coef           weight of the KL in the reward; moves only with a `kl_target`.
+      reward_scale      what rewards are divided by before they become advantages.
       entropy           of the next-token distribution, nats a token. Falling to 0 is
                         collapse into one phrase.
       length, eos_rate  tokens a response, share that ended by themselves. Length running
@@ -82,6 +103,7 @@ class APAConfig(TrainingArguments):
       policy_loss       the loss of `loss_type`; comparable only within a run.
       log_ratio         mean |log π − log π_old| after updates: how far an iteration moves.
       gated             share of micro-steps on which only the critic was trained.
+      ptx_loss          NLL a token of the given completions, with `ptx_coef`.
     """
 
     learning_rate: float = field(
@@ -126,11 +148,29 @@ class APAConfig(TrainingArguments):
     kl_coef: float = field(
         default=0.01, metadata={"help": "Weight of log π − log π_init in the reward."}
     )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "Nats a response that kl_coef is steered to; None: fixed."},
+    )
+    kl_horizon: float = field(
+        default=10_000,
+        metadata={"help": "Responses in which kl_coef may change e-fold."},
+    )
     scale_reward: str = field(
-        default="running", metadata={"help": "'running': over the running std; 'none'."}
+        default="running",
+        metadata={
+            "help": "Divide by the std of all rewards so far ('running'), of the first "
+            "iteration ('reference'), or not ('none')."
+        },
     )
     cliprange_reward: float = field(
         default=10.0, metadata={"help": "Scaled rewards are clipped to ± this."}
+    )
+    reward_shift: float = field(
+        default=0.0,
+        metadata={
+            "help": "Added to the scaled reward; > 0 pays for ending (Starling)."
+        },
     )
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Subtracted (scaled units) from cut responses."}
@@ -149,6 +189,14 @@ class APAConfig(TrainingArguments):
     separate_value_model: bool = field(
         default=False, metadata={"help": "A copy of the trained layers for the critic."}
     )
+    critic_warmup_iterations: int = field(
+        default=0, metadata={"help": "First iterations that train the critic alone."}
+    )
+    # staying a language model
+    ptx_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the NLL of each prompt's `completion` (0: off)."},
+    )
     # the rollouts
     num_layers_unfrozen: int | None = field(
         default=4, metadata={"help": "Train the last N layers; None: all."}
@@ -160,18 +208,28 @@ class APAConfig(TrainingArguments):
         default=2, metadata={"help": "Passes over an iteration's responses."}
     )
     max_prompt_length: int = field(
-        default=1124, metadata={"help": "Prompt tokens; the oldest go."}
+        default=1124, metadata={"help": "Longer prompts are dropped, with a count."}
     )
     max_new_tokens: int = field(default=1024, metadata={"help": "Response tokens."})
     num_samples_kept: int = field(
         default=4, metadata={"help": "Responses an iteration kept in samples.jsonl."}
+    )
+    exact_kl: bool = field(
+        default=False,
+        metadata={"help": "Log `kl_exact` too, over the whole vocabulary."},
+    )
+    log_ratio_limit: float = field(
+        default=10.0,
+        metadata={
+            "help": "Stop where a minibatch's mean |log π − log π_old| is above."
+        },
     )
 
     def __post_init__(self):
         choices = {
             "loss_type": ("apa", "awr", "ppo"),
             "anchor": ("initial", "rollout"),
-            "scale_reward": ("running", "none"),
+            "scale_reward": ("running", "reference", "none"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -226,156 +284,6 @@ class APAConfig(TrainingArguments):
             "max_new_tokens": 128,
         }
         return cls(**machine_defaults({**settings, **overrides}))
-
-
-class ActorCritic(nn.Module):
-    """Policy and critic as one module: everything trainable happens in `forward`.
-
-    The critic is a head on the policy's last hidden state or, with `separate`, on its own
-    copy of the trained layers. Frozen lower layers run once an iteration
-    (`trunk_states`); sampling always uses the whole policy.
-    """
-
-    def __init__(
-        self,
-        policy: PreTrainedModel,
-        value_head: ValueHead | None = None,
-        num_layers_unfrozen: int | None = None,
-        separate: bool = False,
-        adapted: bool = False,
-    ):
-        super().__init__()
-        if not adapted:  # adapters have frozen what they do not train
-            freeze_below(policy, num_layers_unfrozen)
-        use_fast_backward(policy)
-        self.policy = policy
-        self.value_head = value_head or ValueHead(policy.config.hidden_size)
-        # In a tuple, so that the shared layers are not registered (and saved) twice.
-        self._halves = try_split_trunk(policy, num_layers_unfrozen)
-        self.value_trunk = copy.deepcopy(self._top) if separate else None
-
-    @property
-    def config(self):
-        return self.policy.config
-
-    @property
-    def _top(self) -> PreTrainedModel:
-        """The layers that are trained: the upper half, or the whole trunk."""
-        return self._halves[1] if self._halves else self.policy.base_model
-
-    def frozen_reference(self) -> "Reference":
-        """A frozen copy of the policy as it is now, on the same trunk."""
-        return Reference(self._top, self.policy.get_output_embeddings())
-
-    @torch.no_grad()
-    def trunk_states(self, **tokens: Tensor) -> Tensor | None:
-        """(N, P+R, H) states below the trained layers; None where there is no split."""
-        if self._halves is None:
-            return None
-        return self._halves[0](**response_inputs(**tokens)).last_hidden_state
-
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
-        self.policy.gradient_checkpointing_enable(**kwargs)
-
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        response_ids: Tensor,
-        response_mask: Tensor,
-        trunk_states: Tensor | None = None,
-        with_entropy: bool = False,
-    ) -> dict[str, Tensor]:
-        """`logprobs`, `values` of each response token, (N, R), 0 at padding.
-
-        The value of token t is read where t is predicted: before it is known.
-        `with_entropy` adds `entropy`, which costs as much as the log-probabilities.
-        """
-        inputs = response_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
-        if trunk_states is None:
-            trunk_states = self.trunk_states(
-                prompt_ids=prompt_ids,
-                prompt_mask=prompt_mask,
-                response_ids=response_ids,
-                response_mask=response_mask,
-            )
-        states = top_states(self._top, inputs, trunk_states)
-        states = predicting_states(states, response_mask)
-        head = self.policy.get_output_embeddings()
-        logits = next_token_logits(head, self.config, states)
-        logprobs = token_logprobs(logits, response_ids[response_mask])
-        entropy = token_entropy(logits) if with_entropy else None
-        if self.value_trunk is not None:
-            states = top_states(self.value_trunk, inputs, trunk_states)
-            states = predicting_states(states, response_mask)
-        out = {"logprobs": logprobs, "values": self.value_head(states)}
-        out |= {"entropy": entropy} if with_entropy else {}
-        return {name: scatter(x, response_mask) for name, x in out.items()}
-
-
-class Reference:
-    """The initial policy, frozen: only its trained layers are a copy."""
-
-    def __init__(self, top: PreTrainedModel, head: nn.Module):
-        self.top = copy.deepcopy(top).requires_grad_(False).eval()
-        trained = any(p.requires_grad for p in head.parameters())
-        self.head = copy.deepcopy(head).requires_grad_(False) if trained else head
-
-    def to(self, device: torch.device) -> None:
-        self.top.to(device)
-        self.head.to(device)
-
-    @torch.no_grad()
-    def logprobs(
-        self, tokens: dict[str, Tensor], trunk_states: Tensor | None
-    ) -> Tensor:
-        """(N, R) log-probabilities of the response tokens under the initial policy."""
-        mask = tokens["response_mask"]
-        states = top_states(self.top, response_inputs(**tokens), trunk_states)
-        states = predicting_states(states, mask)
-        logits = next_token_logits(self.head, self.top.config, states)
-        return scatter(token_logprobs(logits, tokens["response_ids"][mask]), mask)
-
-
-def top_states(
-    top: PreTrainedModel, inputs: dict[str, Tensor], trunk_states: Tensor | None
-) -> Tensor:
-    """Last hidden states (N, P+R, H), from the trunk's states where they are known."""
-    start = {"input_ids": inputs["input_ids"]}
-    if trunk_states is not None:
-        start = {"inputs_embeds": trunk_states}
-    rest = {k: inputs[k] for k in ("attention_mask", "position_ids")}
-    return top(**start, **rest, use_cache=False).last_hidden_state
-
-
-def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
-) -> Tensor:
-    """(N, R) rewards: −β (log π − log π_init) a token, the score on the last token."""
-    rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
-    last = mask.sum(1) - 1
-    rewards[torch.arange(len(mask)), last] += scores
-    return rewards
-
-
-class RunningMoments:
-    """Count, mean and variance of all rewards so far (Chan et al. 1979, parallel form)."""
-
-    def __init__(self, count: float = 0.0, mean: float = 0.0, m2: float = 0.0):
-        self.count, self.mean, self.m2 = count, mean, m2
-
-    def update(self, count: float, mean: float, m2: float) -> None:
-        """Add a batch given by its size, mean and Σ(x − mean)²."""
-        total, delta = self.count + count, mean - self.mean
-        self.m2 += m2 + delta**2 * self.count * count / total
-        self.mean += delta * count / total
-        self.count = total
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation; 1 until there are two different values."""
-        variance = self.m2 / (self.count - 1) if self.count > 1 else 0.0
-        return math.sqrt(variance) if variance > 0 else 1.0
 
 
 class PromptBlocks(torch.utils.data.Dataset):
@@ -437,7 +345,20 @@ class APATrainer(WrappedModelTrainer):
             model = load_policy(model)
         if processing_class is None:
             raise ValueError("give the tokenizer as processing_class")
-        self.rewards = RewardSum(reward_funcs, reward_processing_classes, args)
+        fit = {
+            "tokenizer": processing_class,
+            "limit": _prompt_limit(model.config, args),
+        }
+        train_dataset = fitting_prompts(train_dataset, **fit)
+        eval_dataset = fitting_prompts(eval_dataset, **fit)
+        if args.ptx_coef and "completion" not in train_dataset.column_names:
+            raise ValueError(
+                f"ptx_coef={args.ptx_coef} needs a column 'completion' in train_dataset: "
+                'for each prompt [{"role": "assistant", "content": …}]'
+            )
+        self.rewards = RewardSum(
+            reward_funcs, reward_processing_classes, args.reward_weights
+        )
         self.peft_model = None
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)  # the critic's (and adapters') initial weights
@@ -453,7 +374,10 @@ class APATrainer(WrappedModelTrainer):
                 adapted=peft_config is not None,
             )
         self.reference = actor_critic.frozen_reference()
-        self.reward_moments = RunningMoments()
+        self.reward_scale = RewardScale(
+            args.scale_reward, args.cliprange_reward, args.reward_shift
+        )
+        self.kl_coef = KLCoefficient(args.kl_coef, args.kl_target, args.kl_horizon)
         self.prompts = train_dataset
         self.experience: dict[str, Tensor] | None = None
         self._samples_cleared = False
@@ -545,26 +469,50 @@ class APATrainer(WrappedModelTrainer):
             max_new_tokens=args.max_new_tokens,
             batch_size=args.rollout_batch_size,
             seed=self._seed_of(iteration, 0),
-            max_prompt_length=args.max_prompt_length,
         )
         scores = self.rewards(prompts, rollout)
-        names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
-        tokens = {name: getattr(rollout, name).to(device) for name in names}
+        tokens = {name: getattr(rollout, name).to(device) for name in TOKEN_FIELDS}
         experience = self._values_and_advantages(tokens, scores, rollout.finished)
         self._log_rollout(iteration, rollout, scores, experience)
+        if args.ptx_coef:
+            experience |= self._given_completions(prompts)
         return {**experience, "counts": self._token_counts(iteration, experience)}
+
+    def _given_completions(self, prompts: Dataset) -> dict[str, Tensor]:
+        """`ptx_…` tokens and trunk states of the prompts' own completions."""
+        texts = [messages[-1]["content"] for messages in prompts["completion"]]
+        rows = given_responses(
+            self.processing_class, prompts["prompt"], texts, self.args.max_new_tokens
+        )
+        device = self.accelerator.device
+        tokens = {name: getattr(rows, name).to(device) for name in TOKEN_FIELDS}
+        states = []
+        with inference(self.model, self.accelerator.autocast()):
+            for some in self._in_parts(tokens):
+                states.append(self.model.trunk_states(**some))
+        if states[0] is not None:
+            tokens["trunk_states"] = torch.cat(states)
+        return {f"ptx_{name}": x for name, x in tokens.items()}
+
+    def _in_parts(self, tokens: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Minibatches of rows, in order."""
+        size = self.args.per_device_train_batch_size
+        for i in range(0, len(tokens["response_ids"]), size):
+            yield {name: x[i : i + size] for name, x in tokens.items()}
 
     def _values_and_advantages(self, tokens, scores, finished) -> dict[str, Tensor]:
         """Log-probs, reference, values and GAE for a rollout, in minibatches."""
         args, mask = self.args, tokens["response_mask"]
         old = self._forward_in_parts(tokens)
-        shaped = self._scaled(scores) - args.missing_eos_penalty * (~finished).float()
+        everyone = self.accelerator.gather(scores.to(mask.device))
+        shaped = self.reward_scale(scores, everyone)
+        shaped = shaped - args.missing_eos_penalty * (~finished).float()
         rewards = token_rewards(
             shaped.to(mask.device),
             old["logprobs"],
             old["ref_logprobs"],
             mask,
-            args.kl_coef,
+            self.kl_coef.value,
         )
         advantages, returns = objectives.gae(
             rewards, old["values"], mask, args.gamma, args.gae_lambda
@@ -577,28 +525,26 @@ class APATrainer(WrappedModelTrainer):
 
     def _forward_in_parts(self, tokens) -> dict[str, Tensor | None]:
         """Trunk, policy, critic and reference over all rows, a minibatch at a time."""
-        size, parts = self.args.per_device_train_batch_size, []
+        parts, exact = [], self.args.exact_kl
         with inference(self.model, self.accelerator.autocast()):
-            for i in range(0, len(tokens["response_ids"]), size):
-                some = {k: v[i : i + size] for k, v in tokens.items()}
+            for some in self._in_parts(tokens):
+                mask = some["response_mask"]
                 trunk = self.model.trunk_states(**some)
-                out = self.model(**some, trunk_states=trunk, with_entropy=True)
-                reference = self.reference.logprobs(some, trunk)
-                parts.append({**out, "ref_logprobs": reference, "trunk_states": trunk})
+                out = self.model(**some, trunk_states=trunk, for_logging=True)
+                logits, ref_logits = (
+                    out.pop("logits"),
+                    self.reference.logits(some, trunk),
+                )
+                chosen = token_logprobs(ref_logits, some["response_ids"][mask])
+                out |= {"ref_logprobs": scatter(chosen, mask), "trunk_states": trunk}
+                if exact:
+                    kl = objectives.kl_exact(logits, ref_logits)
+                    out["kl_exact"] = scatter(kl, mask)
+                parts.append(out)
         return {
             key: None if parts[0][key] is None else torch.cat([p[key] for p in parts])
             for key in parts[0]
         }
-
-    def _scaled(self, scores: Tensor) -> Tensor:
-        """Divide by the running standard deviation over all processes; clip."""
-        if self.args.scale_reward == "none":
-            return scores
-        everyone = self.accelerator.gather(scores.to(self.accelerator.device)).double()
-        spread = ((everyone - everyone.mean()) ** 2).sum().item()
-        self.reward_moments.update(len(everyone), everyone.mean().item(), spread)
-        limit = self.args.cliprange_reward
-        return (scores / self.reward_moments.std).clamp(-limit, limit)
 
     def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`masked_moments` of all processes' response tokens together."""
@@ -630,19 +576,39 @@ class APATrainer(WrappedModelTrainer):
     def compute_loss(
         self, model, inputs, return_outputs=False, num_items_in_batch=None
     ):
-        names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
-        out = model(
-            **{name: inputs[name] for name in names},
-            trunk_states=inputs.get("trunk_states"),
-        )
+        names = (*TOKEN_FIELDS, "trunk_states")
+        rows = {name: inputs[name] for name in names if name in inputs}
+        if self.args.ptx_coef:  # in the same forward: DDP wants one a step
+            rows = join_rows(rows, {n: inputs[f"ptx_{n}"] for n in rows})
+        out, ptx = self._without_ptx(model(**rows), inputs)
         policy, value = self._losses(out, inputs)
-        gate = self.args.value_gate
-        total_value = self.accelerator.reduce(value.detach(), "mean")
-        gated = gate is not None and total_value.item() > gate
+        gated = self._gated(value.detach())
+        self._log_update(out, inputs, policy, value, gated)
+        if ptx is not None:
+            policy = policy + self.args.ptx_coef * ptx
+            self._metrics["ptx_loss"].append(ptx.item())
         # 0 × keeps the policy in the graph: DDP waits for every parameter's gradient.
         loss = self.args.vf_coef * value + (0.0 if gated else 1.0) * policy
-        self._log_update(out, inputs, policy, value, gated)
         return (loss, out) if return_outputs else loss
+
+    def _without_ptx(self, out, inputs) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The outputs of the sampled rows, and the NLL a token of given completions."""
+        if not self.args.ptx_coef:
+            return out, None
+        rows, width = inputs["response_mask"].shape
+        given = inputs["ptx_response_mask"]
+        logprobs = out["logprobs"][rows:, : given.shape[1]]
+        sampled = {name: x[:rows, :width] for name, x in out.items()}
+        return sampled, -objectives.masked_mean(logprobs, given)
+
+    def _gated(self, value: Tensor) -> bool:
+        """Is the critic trained alone: at the start, or while its loss is large?"""
+        args, gate = self.args, self.args.value_gate
+        iteration = self.state.global_step // args.updates_per_iteration
+        large = (
+            gate is not None and self.accelerator.reduce(value, "mean").item() > gate
+        )
+        return large or iteration < args.critic_warmup_iterations
 
     def _losses(self, out, inputs) -> tuple[Tensor, Tensor]:
         """Policy and value loss of a minibatch, by the formulas of `objectives`."""
@@ -675,19 +641,26 @@ class APATrainer(WrappedModelTrainer):
     def _log_rollout(self, iteration, rollout: Rollout, scores, experience) -> None:
         mask, returns = experience["response_mask"], experience["returns"]
         kl = objectives.kl_k3(experience["logprobs"], experience["ref_logprobs"])
+        kl = torch.where(mask, kl, 0).sum(1).mean()
         unexplained = (returns - experience["values"])[mask].var()
         figures = {
             "reward": scores.mean(),
             "reward_std": scores.std(),
-            "kl": torch.where(mask, kl, 0).sum(1).mean(),
+            "kl": kl,
+            "kl_coef": self.kl_coef.value,
+            "reward_scale": self.reward_scale.std,
             "entropy": objectives.masked_mean(experience["entropy"], mask),
             "length": mask.sum(1).float().mean(),
             "eos_rate": rollout.finished.float().mean(),
             "explained_variance": 1 - unexplained / returns[mask].var().clamp(min=1e-8),
             **self.rewards.last_means,
         }
+        if "kl_exact" in experience:
+            figures["kl_exact"] = experience.pop("kl_exact").sum(1).mean()
         for name, value in figures.items():
             self._metrics[name].append(float(value))
+        count = len(rollout) * self.accelerator.num_processes
+        self.kl_coef.update(self.accelerator.reduce(kl, "mean").item(), count)
         self._keep_samples(iteration, rollout, scores)
 
     def _log_update(self, out, inputs, policy, value, gated: bool) -> None:
@@ -708,6 +681,13 @@ class APATrainer(WrappedModelTrainer):
                     "raise apa_lambda"
                 )
             self._metrics[name].append(figure)
+        if figures["log_ratio"] > self.args.log_ratio_limit:
+            raise FloatingPointError(
+                f"log_ratio, mean |log π − log π_old|, is {figures['log_ratio']:.1f} at "
+                f"step {self.state.global_step}, above log_ratio_limit="
+                f"{self.args.log_ratio_limit}: the policy left its samples; the last "
+                "checkpoint is intact. Lower the learning rate or raise apa_lambda"
+            )
 
     def _keep_samples(self, iteration: int, rollout: Rollout, scores: Tensor) -> None:
         """Append a few responses to samples.jsonl, for people to read."""
@@ -746,7 +726,6 @@ class APATrainer(WrappedModelTrainer):
             prompts["prompt"],
             max_new_tokens=self.args.max_new_tokens,
             seed=self.args.seed,
-            max_prompt_length=self.args.max_prompt_length,
         )
         scores = self.rewards(prompts, rollout)
         metrics = {
@@ -775,11 +754,10 @@ class APATrainer(WrappedModelTrainer):
         return extra
 
     def save_progress(self, folder: Path) -> None:
-        """Reward statistics, and the experience that this iteration still needs."""
-        moments = self.reward_moments
-        state = {"count": moments.count, "mean": moments.mean, "m2": moments.m2}
+        """Reward statistics, KL coefficient, and the experience still needed."""
+        state = {**self.reward_scale.state(), "kl_coef": self.kl_coef.value}
         if self.accelerator.is_main_process:
-            (folder / "reward_moments.json").write_text(json.dumps(state))
+            (folder / "reward_state.json").write_text(json.dumps(state))
         inside = self.state.global_step % self.args.updates_per_iteration
         if inside and self.experience:
             rank = self.accelerator.process_index
@@ -789,13 +767,47 @@ class APATrainer(WrappedModelTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        state = json.loads((folder / "reward_moments.json").read_text())
-        self.reward_moments = RunningMoments(**state)
+        state = json.loads((folder / "reward_state.json").read_text())
+        self.kl_coef.value = state.pop("kl_coef")
+        self.reward_scale.moments = RunningMoments(**state)
         rank = self.accelerator.process_index
         saved = folder / f"experience-{rank}.safetensors"
         if saved.exists():
             device = self.accelerator.device
             self.experience = load_file(str(saved), device=str(device))
+
+
+def _prompt_limit(config, args: APAConfig) -> int:
+    """Tokens that a prompt may have: as asked for, and with a response in the window."""
+    window = getattr(config, "max_position_embeddings", None) or math.inf
+    return int(min(args.max_prompt_length, window - args.max_new_tokens))
+
+
+def fitting_prompts(
+    dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Dataset | None:
+    """The rows whose prompt has at most `limit` tokens; the others go, with a count.
+
+    Raises ValueError when none is left.
+    """
+    if dataset is None:
+        return None
+
+    def count(row: dict) -> dict:
+        return {"tokens": len(encode_prompt(tokenizer, row["prompt"]))}
+
+    lengths = map_rows(dataset, count, desc="measuring prompts")["tokens"]
+    kept = [i for i, length in enumerate(lengths) if length <= limit]
+    if len(kept) == len(lengths):
+        return dataset
+    message = (
+        f"{len(lengths) - len(kept)} of {len(lengths)} prompts are longer than {limit} "
+        "tokens (max_prompt_length, or the model's window less max_new_tokens)"
+    )
+    if not kept:
+        raise ValueError(f"{message}: none is left")
+    warnings.warn(f"{message}: left out", stacklevel=3)
+    return dataset.select(kept)
 
 
 def drop_samples(path: Path, iteration: int) -> None:
@@ -806,71 +818,3 @@ def drop_samples(path: Path, iteration: int) -> None:
     rows = [line for line in lines if line.endswith("}")]  # a kill may cut the last
     kept = [row for row in rows if json.loads(row)["iteration"] < iteration]
     write_atomically(path, "".join(row + "\n" for row in kept).encode())
-
-
-class RewardSum:
-    """Weighted sum of reward functions: rollout → (N,) scores, each mean kept for logs."""
-
-    def __init__(self, functions, tokenizers, args: APAConfig):
-        self.functions = functions if isinstance(functions, list) else [functions]
-        self.tokenizers = list(tokenizers or [None] * len(self.functions))
-        self.weights = args.reward_weights or [1.0] * len(self.functions)
-        if not len(self.functions) == len(self.tokenizers) == len(self.weights):
-            raise ValueError(
-                f"{len(self.functions)} reward functions, {len(self.tokenizers)} "
-                f"tokenizers, {len(self.weights)} weights: give one of each per function"
-            )
-        for i, function in enumerate(self.functions):
-            if isinstance(function, PreTrainedModel):
-                function.requires_grad_(False).eval()
-                name = function.config._name_or_path
-                self.tokenizers[i] = self.tokenizers[i] or load_tokenizer(name)
-        self.last_means: dict[str, float] = {}
-
-    def to(self, device) -> None:
-        for function in self.functions:
-            if hasattr(function, "to"):  # a model, or a function that holds one
-                function.to(device)
-
-    def __call__(self, prompts: Dataset, rollout: Rollout) -> Tensor:
-        total = torch.zeros(len(rollout))
-        for i, (function, weight) in enumerate(
-            zip(self.functions, self.weights, strict=True)
-        ):
-            scores = self._call(function, self.tokenizers[i], prompts, rollout)
-            name = getattr(function, "__name__", type(function).__name__)
-            self.last_means[f"rewards/{i}_{name}"] = scores.mean().item()
-            total += weight * scores
-        return total
-
-    def _call(self, function, tokenizer, prompts: Dataset, rollout: Rollout) -> Tensor:
-        if isinstance(function, PreTrainedModel):
-            return score_responses(
-                function, tokenizer, rollout.prompts, rollout.texts, rollout.finished
-            )
-        columns = {c: prompts[c] for c in prompts.column_names if c != "prompt"}
-        completions = [
-            [{"role": "assistant", "content": text}] for text in rollout.texts
-        ]
-        known = inspect.signature(function).parameters
-        if "completion_finished" in known:
-            columns["completion_finished"] = rollout.finished.tolist()
-        values = function(prompts=rollout.prompts, completions=completions, **columns)
-        return checked_scores(values, rollout, getattr(function, "__name__", "reward"))
-
-
-def checked_scores(values, rollout: Rollout, name: str) -> Tensor:
-    """Reward values as (N,) float32, or a ValueError that shows the offending sample."""
-    values = list(values)
-    if len(values) != len(rollout):
-        raise ValueError(
-            f"{name} returned {len(values)} rewards for {len(rollout)} samples"
-        )
-    for i, value in enumerate(values):
-        if value is None or not math.isfinite(float(value)):
-            prompt = rollout.prompts[i][-1]["content"]
-            raise ValueError(
-                f"{name} returned {value} for sample {i}: prompt {prompt[:200]!r}, "
-                f"response {rollout.texts[i][:200]!r}"
-            )
-    return torch.tensor([float(v) for v in values])

@@ -7,15 +7,16 @@ the prompt, because samples of one prompt resemble each other.
 """
 
 import html
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from starling_lib.mt_bench import read_judgments as read_judgments
+from starling_lib.mt_bench import read_questions as read_questions
+from starling_lib.mt_bench import score_table as score_table
 from starling_lib.statistics import paired_difference
 
 if TYPE_CHECKING:
@@ -288,47 +289,3 @@ def side_by_side(before: pd.DataFrame, after: pd.DataFrame, n: int = 6) -> "HTML
         f'{SIDE_BY_SIDE_STYLE}<table class="side-by-side"><caption>{caption}</caption>'
         f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
     )
-
-
-def read_questions(path: str | Path | None = None) -> list[dict]:
-    """Questions in MT-Bench's format, one JSON object a line.
-
-    Each has `question_id`, `category`, `turns` (user turns, usually two) and, where an
-    answer can be checked, `reference`. FastChat's own `question.jsonl` reads unchanged.
-
-    Args:
-        path: a file; default the 80 bundled questions.
-
-    Raises:
-        ValueError: naming line, field and problem of the first bad question.
-    """
-    if path is None:
-        from starling_lib.rankings import data_path
-
-        path = data_path("bench_questions.jsonl")
-    # Not `splitlines`: it also cuts at U+2028, which JSON allows inside a string.
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [
-        _parse_question(line, f"{Path(path).name}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-
-
-def _parse_question(line: str, where: str) -> dict:
-    """One question, checked; `where` names file and line in the message."""
-    try:
-        question = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg})") from error
-    if not isinstance(question, dict):
-        raise ValueError(f"{where}: expected a JSON object")
-    for field in ("question_id", "category", "turns"):
-        if field not in question:
-            raise ValueError(f"{where}: field {field!r} is missing")
-    turns = question["turns"]
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{where}: field 'turns' must be a list of user turns")
-    if not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise ValueError(f"{where}: field 'turns' holds an empty or non-text turn")
-    return question

@@ -142,3 +142,10 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """ref/π − 1 − log(ref/π): unbiased and never negative."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
+
+
+def kl_exact(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(π‖ref) of each next-token distribution: (tokens, V) twice → (tokens,) nats."""
+    logprobs = logits.float().log_softmax(-1)
+    reference = ref_logits.float().log_softmax(-1)
+    return (logprobs.exp() * (logprobs - reference)).sum(-1)

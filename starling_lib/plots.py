@@ -849,6 +849,34 @@ def reward_report(
 
 
 @styled
+def loss_study(runs: pd.DataFrame, measures: Mapping[str, str]) -> Figure:
+    """What each loss reaches from how much of the data: a panel a measure.
+
+    Args:
+        runs: one row a trained model: `loss`, `fraction` of the rows, `seed` and the
+            measures. Dots are seeds, lines their means.
+        measures: column → what its axis says.
+    """
+    figure = new_figure(7.5, 2.9)
+    panels = np.atleast_1d(figure.subplots(1, len(measures)))
+    losses = list(runs["loss"].unique())
+    for ax, (measure, label) in zip(panels, measures.items(), strict=True):
+        for i, loss in enumerate(losses):
+            part = runs[runs["loss"] == loss]
+            aside = 0.012 * (i - (len(losses) - 1) / 2)  # so that dots do not hide dots
+            mean = part.groupby("fraction")[measure].mean()
+            ax.plot(part["fraction"] + aside, part[measure], ".", c=CYCLE[i], alpha=0.5)
+            ax.plot(mean.index + aside, mean, "o-", c=CYCLE[i], label=loss)
+        ax.set(xlabel="share of the rows", ylabel=label)
+        ax.set_xticks(sorted(runs["fraction"].unique()))
+        ax.xaxis.set_major_formatter("{x:.0%}".format)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
+    )
+    return figure
+
+
+@styled
 def recovery(results: pd.DataFrame, measure: str = "error") -> Figure:
     """Error of each loss against the number of rankings, one panel a judge.
 
@@ -908,4 +936,182 @@ def efficiency(
     ax.set(xlabel="rankings", ylabel=f"error of {above} / error of {below}")
     ax.set(title=f"above 1: {below} is nearer the truth")
     figure.legend(loc="outside right upper", title="judge", alignment="left")
+    return figure
+
+
+# --- benchmarks
+
+THIN = {"elinewidth": 1, "capsize": 2}
+
+
+def _only_categories(parts: Sequence[str]) -> list[str]:
+    """Of the parts of a score, those that are categories of questions."""
+    sums = ("turn_", "overall", "failed")
+    return [part for part in dict.fromkeys(parts) if not part.startswith(sums)]
+
+
+@styled
+def category_scores(
+    intervals: pd.DataFrame, parts: Sequence[str] | None = None, top: float = 10
+) -> Figure:
+    """Mean score of several models in every category, with intervals.
+
+    Args:
+        intervals: index (model, part), columns `score, low, high`, models in the order
+            in which they should stand.
+        parts: which parts, in what order; default the categories, without turns and
+            overall.
+        top: the best score there is.
+    """
+    models = list(intervals.index.unique(0))
+    parts = list(parts or _only_categories(intervals.index.unique(1)))
+    width = 0.8 / len(models)
+    figure = new_figure(height=3.4)
+    ax = figure.subplots()
+    for i, model in enumerate(models):
+        part = intervals.loc[model].reindex(parts)
+        middle = np.arange(len(parts)) + width * (i - (len(models) - 1) / 2)
+        ends = _ends(part, "score", "low", "high")
+        style = {"color": CYCLE[i % len(CYCLE)], "ecolor": "black", "label": model}
+        ax.bar(middle, part["score"], 0.92 * width, yerr=ends, **style, error_kw=THIN)
+    ax.set_xticks(range(len(parts)), parts, rotation=25, ha="right")
+    ax.set(ylabel="mean score", ylim=(0, top))
+    ax.grid(axis="x", visible=False)
+    figure.legend(loc="outside upper center", ncols=min(3, len(models)))
+    return figure
+
+
+@styled
+def category_radar(
+    scores: pd.DataFrame, parts: Sequence[str] | None = None, top: float = 10
+) -> Figure:
+    """One polygon a model over the categories: the usual picture of MT-Bench.
+
+    It shows profiles, not certainty, and its areas say nothing (they depend on the order
+    of the categories): see `category_scores` for what can be told apart.
+
+    Args:
+        scores: mean scores, one row a model, one column a category.
+        parts, top: as in `category_scores`.
+    """
+    scores = scores[list(parts or _only_categories(scores.columns))]
+    angles = np.linspace(0, 2 * np.pi, scores.shape[1], endpoint=False)
+    figure = new_figure(5.6, 4.2)
+    ax = figure.subplots(subplot_kw={"projection": "polar"})
+    ax.set(theta_zero_location="N", theta_direction=-1, ylim=(0, top))
+    for i, (model, row) in enumerate(scores.iterrows()):
+        style = {"color": CYCLE[i % len(CYCLE)]}
+        values = row.to_numpy(dtype=float)
+        closed = np.append(angles, angles[0]), np.append(values, values[0])
+        ax.plot(*closed, **style, marker=".", label=model)
+        ax.fill(*closed, **style, alpha=0.07)
+    ax.set_xticks(angles, scores.columns)
+    for label, side in zip(ax.get_xticklabels(), np.sin(angles), strict=True):
+        label.set_ha("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+    ax.tick_params(axis="x", pad=2)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.set_rlabel_position(180 / scores.shape[1])  # between two spokes
+    ax.spines["polar"].set_color(PALE)
+    figure.legend(loc="outside lower center", ncols=min(3, len(scores)))
+    return figure
+
+
+OUTCOMES = {"consistent": BLUE, "first": ORANGE, "second": YELLOW, "error": GREY}
+
+
+@styled
+def swap_consistency(judges: Mapping[str, pd.DataFrame]) -> Figure:
+    """What swapping two answers does to each judge's verdict, one bar a judge.
+
+    Args:
+        judges: name → table of `win_rates.swap_consistency`, whose interval of the
+            consistent share is drawn; published shares may come without (index outcome,
+            column `share`).
+    """
+    names = list(judges)[::-1]
+    shares = pd.DataFrame({name: judges[name]["share"] for name in names}).fillna(0)
+    figure = new_figure(height=1.2 + 0.42 * len(names))
+    ax = figure.subplots()
+    left = np.zeros(len(names))
+    for outcome, colour in OUTCOMES.items():
+        if outcome not in shares.index or not shares.loc[outcome].any():
+            continue
+        values = shares.loc[outcome].to_numpy(dtype=float)
+        label = f"favours {outcome}" if outcome in ("first", "second") else outcome
+        bars = ax.barh(names, values, 0.7, left, color=colour, label=label)
+        # A piece narrower than its figure goes without.
+        texts = [f"{value:.0%}" if value >= 0.045 else "" for value in values]
+        style = {"color": "black" if colour == YELLOW else "white", "fontsize": 9}
+        ax.bar_label(bars, texts, label_type="center", **style)
+        left += values
+    consistent = pd.DataFrame([judges[name].loc["consistent"] for name in names])
+    ends = _ends(consistent, "share", "low", "high")
+    style = {"fmt": "none", "ecolor": "black", **THIN}
+    ax.errorbar(consistent["share"], np.arange(len(names)) + 0.26, xerr=ends, **style)
+    ax.set(xlim=(0, 1), xlabel="share of pairs judged in both orders")
+    ax.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    ax.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
+@styled
+def bradley_terry(ratings: pd.DataFrame) -> Figure:
+    """Bradley-Terry ratings on Elo's scale with their intervals, best on top.
+
+    Args:
+        ratings: as `win_rates.bradley_terry` gives it. A hollow rating has no interval,
+            or an endless one.
+    """
+    ratings = ratings.sort_values("rating")
+    ends = _ends(ratings, "rating", "rating_low", "rating_high")
+    known = np.isfinite(ends).all(axis=0)
+    figure = new_figure(height=0.9 + 0.3 * len(ratings))
+    ax = figure.subplots()
+    style = {"fmt": "none", "capsize": 3, "ecolor": BLUE}
+    ax.errorbar(
+        ratings["rating"], ratings["model"], xerr=np.where(known, ends, 0), **style
+    )
+    for chosen, face in ((known, BLUE), (~known, "white")):
+        part = ratings[chosen]
+        ax.plot(part["rating"], part["model"], "o", color=BLUE, mfc=face)
+    ax.axvline(1000, color=GREY, linestyle="--", linewidth=1.2)
+    ax.set(xlabel="rating (1000: average; +100: 64 % against it)")
+    ax.set(ylim=(-0.6, len(ratings) - 0.4))
+    if not known.all():
+        ax.set_title("hollow: no interval to be had", fontsize=9, color=GREY)
+    return figure
+
+
+@styled
+def length_control(table: pd.DataFrame) -> Figure:
+    """Each model's win rate against the baseline, raw and at equal length.
+
+    Args:
+        table: as `win_rates.alpaca_eval_table` gives it; published figures may come
+            without intervals (index model; `win_rate, length_controlled_win_rate`).
+    """
+    table = table.sort_values("length_controlled_win_rate")
+    figure = new_figure(height=1.2 + 0.42 * len(table))
+    ax = figure.subplots()
+    places = np.arange(len(table))
+    kinds = (
+        ("win_rate", "win_rate", "raw", GREY, 0.12),
+        (
+            "length_controlled_win_rate",
+            "length_controlled",
+            "at equal length",
+            BLUE,
+            -0.12,
+        ),
+    )
+    for value, ends, label, colour, shift in kinds:
+        xerr = _ends(table, value, f"{ends}_low", f"{ends}_high")
+        style = {"fmt": "o", "capsize": 3, "color": colour, "label": label}
+        ax.errorbar(table[value], places + shift, xerr=xerr, **style)
+    ax.axvline(50, color=GREY, linestyle="--", linewidth=1.2)
+    ax.set_yticks(places, table.index)
+    ax.set(xlabel="win rate against the baseline (%; dashed: even)")
+    ax.set(ylim=(-0.6, len(table) - 0.4))
+    figure.legend(loc="outside upper center", ncols=2)
     return figure

@@ -30,7 +30,8 @@ RECIPES = Path(__file__).with_suffix("")
 # Modules whose code decides the weights: a change in one makes artefacts anew.
 TRAINING_CODE = [
     *("chat", "rankings", "models", "trunk", "prefix", "rollouts"),
-    *("losses", "scoring", "reward", "objectives", "apa"),
+    *("losses", "scoring", "reward", "objectives", "actor_critic", "policy_rewards"),
+    "apa",
 ]
 FIGURES_MIME = "application/vnd.starling.figures+json"
 
@@ -181,8 +182,8 @@ def keep(
         start = time.perf_counter()
         build(partial)
         (partial / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
-        for checkpoint in partial.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for scratch in [*partial.glob("checkpoint-*"), *partial.glob("trunk-cache")]:
+            shutil.rmtree(scratch)
         write_marker(partial)
         partial.rename(folder)
     return folder

@@ -6,11 +6,10 @@ verdicts.
 
 import contextlib
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -22,6 +21,9 @@ from starling_lib.chat import (
 from starling_lib.journal import Row, open_journal
 from starling_lib.judges import JudgeError, OpenAIJudge, ask_all
 from starling_lib.recipe_files import recipe_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _new_responses(
     failures: list[str] = []
     for responder in waiting:
         if responder.base_url is not None:
-            yield from _ask_server(responder, missing[responder.name], failures)
+            yield from ask_server(responder, missing[responder.name], failures)
     if failures:
         raise JudgeError(
             f"{len(failures)} responses are missing, the others are kept: run again to "
@@ -157,24 +159,55 @@ def _sample_locally(
     seed: int,
 ) -> Iterator[list[Row]]:
     """Responses of all responders that share a model, which is loaded once."""
+    policy, tokenizer = ready_to_sample(model)
+    for responder in responders:
+        lacking = {row["id"] for row in missing[responder.name]}
+        yield from sample_in_chunks(
+            policy, tokenizer, responder, rows, lacking, batch_size, seed
+        )
+
+
+def ready_to_sample(
+    model: "str | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A policy for `sample_in_chunks` and its tokenizer, from a name or as loaded."""
     from starling_lib.models import (
         default_device,
         inference,
         load_policy,
         load_tokenizer,
     )
-    from starling_lib.rollouts import half_precision_copy, sample
+    from starling_lib.rollouts import half_precision_copy
 
-    policy, tokenizer = load_policy(model).to(default_device()), load_tokenizer(model)
-    with inference(policy):  # once here, else once a chunk
-        policy = half_precision_copy(policy)
+    if isinstance(model, str | os.PathLike):
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_policy(model).to(default_device())
+    elif tokenizer is None:
+        raise ValueError("give the tokenizer that belongs to the model")
+    with inference(model):  # once here, else once a chunk
+        return half_precision_copy(model), tokenizer
+
+
+def sample_in_chunks(
+    policy: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    responder: Responder,
+    rows: Sequence[Row],
+    lacking: Container[str],
+    batch_size: int,
+    seed: int,
+) -> Iterator[list[Row]]:
+    """Responses to the rows whose id is in `lacking`, chunk by chunk.
+
+    `rows` have an `id`, `messages` and a `prompt`, of which only the length counts.
+    """
+    from starling_lib.rollouts import sample
+
     # Chunks are cut from all rows, so that a resumed run samples the same ones.
     order = sorted(rows, key=lambda row: (len(row["prompt"]), row["id"]))
-    starts = range(0, len(order), batch_size)
-    for responder, start in itertools.product(responders, starts):
+    for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        lacking = {row["id"] for row in missing[responder.name]}
-        if lacking.isdisjoint(row["id"] for row in chunk):
+        if not any(row["id"] in lacking for row in chunk):
             continue
         rollout = sample(
             policy,
@@ -199,7 +232,7 @@ def _chunk_seed(seed: int, responder: Responder, start: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
 
 
-def _ask_server(
+def ask_server(
     responder: Responder, rows: Sequence[Row], failures: list[str]
 ) -> Iterator[list[Row]]:
     """Responses of a server, one by one; what fails is added to `failures`."""

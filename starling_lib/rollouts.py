@@ -136,6 +136,29 @@ def sample(
     return _rollout(tokenizer, prompts, encoded, responses)
 
 
+def given_responses(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    texts: Sequence[str],
+    max_new_tokens: int,
+) -> Rollout:
+    """Texts that somebody else wrote, as if they had been sampled: to be learnt from.
+
+    Each ends with EOS; one of more than `max_new_tokens` tokens is cut and has none.
+    """
+    encoded = [encode_prompt(tokenizer, messages) for messages in prompts]
+    responses = [
+        [
+            *tokenizer(text, add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+        for text in texts
+    ]
+    return _rollout(
+        tokenizer, prompts, encoded, [r[:max_new_tokens] for r in responses]
+    )
+
+
 class InverseSampling(LogitsProcessor):
     """Draws from softmax(logits / T) by its inverse distribution function.
 

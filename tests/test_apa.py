@@ -19,9 +19,8 @@ from starling_lib.apa import (
     APAConfig,
     APATrainer,
     PromptBlocks,
-    RunningMoments,
     checked_scores,
-    token_rewards,
+    fitting_prompts,
 )
 from starling_lib.models import ValueHead, tiny_model
 from starling_lib.reward import score_responses
@@ -214,9 +213,9 @@ def test_actor_critic_logprobs_are_those_of_the_policy(
     tokens = {name: getattr(rollout, name) for name in TOKENS}
     trunk = module.trunk_states(**tokens)
     assert (trunk is not None) == (unfrozen == 1)
-    out = module(**tokens, trunk_states=trunk, with_entropy=True)
+    out = module(**tokens, trunk_states=trunk, for_logging=True)
     assert torch.allclose(out["logprobs"], expected, atol=1e-5)
-    whole = ActorCritic(tiny_model(), module.value_head)(**tokens, with_entropy=True)
+    whole = ActorCritic(tiny_model(), module.value_head)(**tokens, for_logging=True)
     for name in ("logprobs", "values", "entropy"):
         assert torch.allclose(out[name], whole[name], atol=1e-5)
         assert (out[name][~rollout.response_mask] == 0).all()
@@ -310,6 +309,7 @@ def test_apa_raises_a_simple_reward(tokenizer, tmp_path):
         {"loss_type": "ppo", "missing_eos_penalty": 1.0},
         {"gradient_checkpointing": True},
         {"scale_reward": "none", "num_layers_unfrozen": 2},
+        {"scale_reward": "reference", "reward_shift": 0.2, "kl_target": 0.1},
     ],
     ids=str,
 )
@@ -457,7 +457,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     second.train(resume_from_checkpoint=True)
     expected, found = whole.model.state_dict(), second.model.state_dict()
     assert all(torch.equal(expected[k], found[k]) for k in expected)
-    assert vars(whole.reward_moments) == vars(second.reward_moments)
+    assert whole.reward_scale.state() == second.reward_scale.state()
     assert second.state.global_step == 8
     assert not all(
         torch.equal(v, first.model.state_dict()[k]) for k, v in expected.items()
@@ -524,33 +524,6 @@ def test_evaluation_samples_with_a_fixed_seed(tokenizer, tmp_path):
 
 
 # --- pieces
-
-
-def test_token_rewards_put_the_score_on_the_last_response_token():
-    mask = torch.tensor([[True, True, False], [True, False, False], [True] * 3])
-    logprobs = torch.tensor([[1.0, 2, 9], [3, 9, 9], [0, 0, 0]])
-    rewards = token_rewards(
-        torch.tensor([10.0, 20, 30]), logprobs, torch.zeros(3, 3), mask, 0.5
-    )
-    assert rewards.tolist() == [[-0.5, 9, 0], [18.5, 0, 0], [0, 0, 30]]
-
-
-def test_running_moments_are_numpys():
-    values = np.random.default_rng(0).normal(5, 3, size=40)
-    moments = RunningMoments()
-    for part in np.split(values, [1, 3, 20]):
-        moments.update(len(part), part.mean(), ((part - part.mean()) ** 2).sum())
-    assert moments.mean == pytest.approx(values.mean())
-    assert moments.std == pytest.approx(values.std(ddof=1))
-
-
-def test_running_moments_of_one_or_equal_values_scale_by_one():
-    moments = RunningMoments()
-    assert moments.std == 1
-    moments.update(1, 4.0, 0.0)
-    assert moments.std == 1
-    moments.update(3, 4.0, 0.0)
-    assert moments.std == 1
 
 
 def test_blocks_repeat_their_prompts_at_every_micro_step():
@@ -780,6 +753,160 @@ def test_nan_stops_the_run_with_the_metrics_name(tokenizer, tmp_path):
         FloatingPointError, match="_loss is nan at step 0.*learning rate"
     ):
         make_trainer(tmp_path, tokenizer, value_model=head).train()
+
+
+def test_an_exploding_ratio_stops_the_run(tokenizer, tmp_path):
+    with pytest.raises(FloatingPointError, match="log_ratio.*above log_ratio_limit"):
+        make_trainer(
+            tmp_path, tokenizer, learning_rate=3.0, log_ratio_limit=0.3, max_steps=8
+        ).train()
+
+
+def test_the_critic_is_trained_alone_at_first(tokenizer, tmp_path):
+    """On layers of its own, or the shared ones would move the policy with it."""
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        critic_warmup_iterations=1,
+        separate_value_model=True,
+        weight_decay=0.0,
+        max_steps=8,
+    )
+    trainer.add_callback(StopAt(trainer.args.updates_per_iteration))
+    start = tiny_model().state_dict()
+    head = {k: v.clone() for k, v in trainer.model.value_head.state_dict().items()}
+    trainer.train()
+    after = trainer.inner_model().state_dict()
+    assert all(torch.equal(start[k], after[k]) for k in start)
+    moved = trainer.model.value_head.state_dict()
+    assert not all(torch.equal(head[k], moved[k]) for k in head)
+    assert [row["gated"] for row in trainer.state.log_history if "gated" in row] == [1]
+
+
+def test_the_kl_coefficient_follows_its_target_and_is_resumed(tokenizer, tmp_path):
+    changes = {"kl_target": 1e-4, "kl_horizon": 100, "save_strategy": "steps"}
+    changes |= {"save_steps": 6, "max_steps": 12}
+    whole = make_trainer(tmp_path / "whole", tokenizer, **changes)
+    whole.train()
+    values = [r["kl_coef"] for r in whole.state.log_history if "kl_coef" in r]
+    # Iteration 1 samples from π_init: KL 0, a fifth below; then far above the target.
+    assert values[:3] == pytest.approx([0.01, 0.01 * 0.984, 0.01 * 0.984 * 1.016])
+    part = make_trainer(tmp_path / "part", tokenizer, **changes)
+    part.add_callback(StopAt(6))
+    part.train()
+    again = make_trainer(tmp_path / "part", tokenizer, **changes)
+    again.train(resume_from_checkpoint=True)
+    assert again.kl_coef.value == whole.kl_coef.value
+    assert weights_equal(again, whole)
+
+
+def weights_equal(a, b) -> bool:
+    a, b = (trainer.inner_model().state_dict() for trainer in (a, b))
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_exact_kl_is_that_of_the_whole_distributions(tokenizer, tmp_path):
+    """From plain forwards of both models; k3 estimates the same thing."""
+    trainer = make_trainer(tmp_path, tokenizer, exact_kl=True, max_steps=5)
+    trainer.add_callback(StopAt(4))
+    trainer.train()
+    trainer._metrics.clear()
+    experience = trainer.collect(trainer.prompts.select(range(8)), 1)
+    policy, start, total = trainer.inner_model(), tiny_model(), 0.0
+    for row in range(8):
+        prompt = experience["prompt_ids"][row][experience["prompt_mask"][row]]
+        response = experience["response_ids"][row][experience["response_mask"][row]]
+        ids = torch.cat([prompt, response])[None]
+        with torch.no_grad():
+            p, q = (m(ids).logits[0, len(prompt) - 1 : -1] for m in (policy, start))
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        total += torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    found = trainer._metrics["kl_exact"][0]
+    assert found == pytest.approx(total.item() / 8, rel=1e-3) and found > 0.01
+    assert "kl_exact" not in experience
+
+
+WITH_COMPLETIONS = PROMPTS.add_column(
+    "completion",
+    [[{"role": "assistant", "content": "zq" * (1 + i % 4)}] for i in range(12)],
+)
+
+
+@pytest.mark.parametrize("layers", [1, None])
+def test_given_completions_are_learnt_beside_the_reward(tokenizer, tmp_path, layers):
+    """The loss is that of separate forwards; after training they are likelier."""
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        prompts=WITH_COMPLETIONS,
+        ptx_coef=2.0,
+        num_layers_unfrozen=layers,
+        max_steps=24,
+    )
+    trainer.train()
+    logged = [row["ptx_loss"] for row in trainer.state.log_history if "ptx_loss" in row]
+    assert logged[-1] < logged[0] - 0.1
+    experience, rows = trainer.experience, trainer._minibatch_rows(5, 3)
+    inputs = {k: v[rows] for k, v in experience.items() if k != "counts"}
+    inputs["count"] = experience["counts"][3]
+    trainer._metrics.clear()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, inputs)
+        given = {k: inputs[f"ptx_{k}"] for k in TOKENS}
+        logprobs = trainer.model(**given)["logprobs"]
+    expected = -logprobs.sum() / given["response_mask"].sum()
+    assert trainer._metrics["ptx_loss"] == pytest.approx([expected.item()], abs=1e-4)
+    ends = given["response_mask"].sum(1) - 1
+    last = given["response_ids"][torch.arange(len(ends)), ends]
+    whole = ends + 1 < trainer.args.max_new_tokens
+    assert (last[whole] == tokenizer.eos_token_id).all() and not whole.all()
+
+
+def test_completions_change_nothing_of_the_policy_loss(tokenizer, tmp_path):
+    """The sampled rows keep their log-probabilities when padded beside others."""
+    plain = make_trainer(tmp_path / "a", tokenizer, prompts=WITH_COMPLETIONS)
+    mixed = make_trainer(
+        tmp_path / "b", tokenizer, prompts=WITH_COMPLETIONS, ptx_coef=1e-9
+    )
+    for trainer in (plain, mixed):
+        trainer.train()
+    losses = [
+        [r["policy_loss"] for r in t.state.log_history if "policy_loss" in r]
+        for t in (plain, mixed)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_ptx_needs_completions(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="ptx_coef=0.5 needs a column 'completion'"):
+        make_trainer(tmp_path, tokenizer, ptx_coef=0.5)
+
+
+def test_long_prompts_are_left_out_with_a_count(tokenizer, tmp_path):
+    texts = ["a", "b" * 300, "c", "d" * 400]
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+    with pytest.warns(UserWarning, match="2 of 4 prompts are longer than 100 tokens"):
+        trainer = make_trainer(
+            tmp_path, tokenizer, prompts=Dataset.from_list(rows), max_prompt_length=100
+        )
+    kept = [row["prompt"][0]["content"] for row in trainer.prompts]
+    assert kept == ["a", "c"]
+    trainer.train()
+    with pytest.raises(ValueError, match="4 of 4 prompts .* none is left"):
+        fitting_prompts(Dataset.from_list(rows), tokenizer, 3)
+
+
+def test_a_prompt_must_leave_room_for_a_response(tokenizer, tmp_path):
+    """The window of the tiny model is the limit where max_prompt_length is larger."""
+    window = tiny_model().config.max_position_embeddings
+    rows = [{"prompt": [{"role": "user", "content": "a" * n}]} for n in (1, window)]
+    with pytest.warns(UserWarning, match="1 of 2 prompts"):
+        make_trainer(
+            tmp_path,
+            tokenizer,
+            prompts=Dataset.from_list(rows),
+            max_prompt_length=10**6,
+        )
 
 
 def test_a_tokenizer_is_needed(tmp_path):

@@ -154,7 +154,8 @@ def run(output_dir, *options, processes=1) -> subprocess.CompletedProcess:
 def finished_weights(output_dir, *options, processes=1) -> dict[str, torch.Tensor]:
     result = run(output_dir, *options, processes=processes)
     assert result.returncode == 0, result.stderr[-3000:]
-    return load_file(output_dir / "model.safetensors")
+    (weights,) = output_dir.glob("*model.safetensors")  # or the adapters'
+    return load_file(weights)
 
 
 def equal(a, b) -> bool:
@@ -196,9 +197,10 @@ def test_two_processes_resume_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_gradients_of_two_processes_are_averaged(tmp_path):
-    """Two processes with one ranking each step as one process with both does."""
-    options = ("--steps", 1, "--first-gradient", "--batch")
+@pytest.mark.parametrize("way", [(), ("--layers", 1), ("--lora",)])
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, way):
+    """One ranking each a step; the first gradient, and the weights after three epochs."""
+    options = (*way, "--steps", 6, "--first-gradient", "--batch")
     one = finished_weights(tmp_path / "one", *options, 2)
     two = finished_weights(tmp_path / "two", *options, 1, processes=2)
     alone = load_file(tmp_path / "one" / "gradient.safetensors")
@@ -208,7 +210,8 @@ def test_gradients_of_two_processes_are_averaged(tmp_path):
     for name, gradient in alone.items():
         # fp32, sums in another order: 1e-6 of the largest entry
         assert torch.allclose(gradient, together[name], atol=1e-6 * largest), name
-    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-4
+    # Adam divides by |g|: rounding grows where a gradient is near 0. Six steps of 1e-3.
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 3e-4
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ ORDER = [
     "statistics",
     "chat",
     "audit",
+    "win_rates",
+    "agreement",
     "rankings",
     "released",
     "models",
@@ -35,7 +37,14 @@ ORDER = [
     "recipe_files",
     "responders",
     "labeling",
+    "bench_files",
+    "bench_answers",
+    "judge_prompts",
+    "bench_scores",
+    "mt_bench",
     "objectives",
+    "actor_critic",
+    "policy_rewards",
     "apa",
     "evaluation",
     "plots",
@@ -45,7 +54,18 @@ ORDER = [
     "__main__",
 ]
 # Judging a reply or reading a report must not load a deep-learning stack.
-LIGHT = ["statistics", "chat", "audit", "judges", "labeling", "evaluation", "plots"]
+LIGHT = [
+    "statistics",
+    "chat",
+    "audit",
+    "win_rates",
+    "agreement",
+    "judges",
+    "labeling",
+    "mt_bench",
+    "evaluation",
+    "plots",
+]
 HEAVY = {"torch", "transformers", "trl"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

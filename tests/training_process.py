@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from conftest import toy_rows
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
@@ -61,8 +62,12 @@ def share_of_a(prompts, completions, **columns) -> list[float]:
 
 
 def reward_run(options) -> KwiseRewardTrainer:
+    lora = LoraConfig(r=4, target_modules="all-linear") if options.lora else None
     args = KwiseRewardConfig.for_this_machine(
         output_dir=options.output_dir,
+        num_layers_unfrozen=options.layers,
+        cache_trunk=options.layers is not None,
+        center_rewards_coefficient=0.1,
         per_device_train_batch_size=options.batch,
         max_steps=options.steps,
         learning_rate=1e-3,
@@ -78,6 +83,7 @@ def reward_run(options) -> KwiseRewardTrainer:
         Dataset.from_list(toy_rows()),
         processing_class=tokenizer,
         callbacks=[DieAt(options.die_at)],
+        peft_config=lora,
     )
     trainer.die_while_saving = options.die_while_saving
     return trainer
@@ -112,6 +118,8 @@ def main() -> None:
     parser.add_argument("--trainer", choices=["reward", "apa"], default="reward")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--layers", type=int, help="train the last N on a cached trunk")
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--save-steps", type=int, default=0)
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--die-while-saving", type=int)

@@ -1,0 +1,176 @@
+"""From what reward functions say to the rewards that a policy is trained on.
+
+    reward functions → weighted sum → scale, clip, shift → − missing EOS → last token
+    log π − log π_init → × KL coefficient → − at every token
+
+Knows: rollouts, reward models and functions, running statistics. Does not know: policies'
+losses, trainers.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from starling_lib.models import load_tokenizer
+from starling_lib.rollouts import Rollout
+from starling_lib.scoring import score_responses
+
+RewardFunction = PreTrainedModel | Callable[..., Sequence[float]]
+
+
+class RewardSum:
+    """Weighted sum of reward functions: rollout → (N,) scores, each mean kept for logs."""
+
+    def __init__(
+        self,
+        functions: RewardFunction | list[RewardFunction],
+        tokenizers: Sequence[PreTrainedTokenizerBase | None] | None = None,
+        weights: Sequence[float] | None = None,
+    ):
+        self.functions = functions if isinstance(functions, list) else [functions]
+        self.tokenizers = list(tokenizers or [None] * len(self.functions))
+        self.weights = weights or [1.0] * len(self.functions)
+        if not len(self.functions) == len(self.tokenizers) == len(self.weights):
+            raise ValueError(
+                f"{len(self.functions)} reward functions, {len(self.tokenizers)} "
+                f"tokenizers, {len(self.weights)} weights: give one of each per function"
+            )
+        for i, function in enumerate(self.functions):
+            if isinstance(function, PreTrainedModel):
+                function.requires_grad_(False).eval()
+                name = function.config._name_or_path
+                self.tokenizers[i] = self.tokenizers[i] or load_tokenizer(name)
+        self.last_means: dict[str, float] = {}
+
+    def to(self, device) -> None:
+        for function in self.functions:
+            if hasattr(function, "to"):  # a model, or a function that holds one
+                function.to(device)
+
+    def __call__(self, prompts: Dataset, rollout: Rollout) -> Tensor:
+        total = torch.zeros(len(rollout))
+        for i, (function, weight) in enumerate(
+            zip(self.functions, self.weights, strict=True)
+        ):
+            scores = self._call(function, self.tokenizers[i], prompts, rollout)
+            name = getattr(function, "__name__", type(function).__name__)
+            self.last_means[f"rewards/{i}_{name}"] = scores.mean().item()
+            total += weight * scores
+        return total
+
+    def _call(self, function, tokenizer, prompts: Dataset, rollout: Rollout) -> Tensor:
+        if isinstance(function, PreTrainedModel):
+            return score_responses(
+                function, tokenizer, rollout.prompts, rollout.texts, rollout.finished
+            )
+        columns = {c: prompts[c] for c in prompts.column_names if c != "prompt"}
+        completions = [
+            [{"role": "assistant", "content": text}] for text in rollout.texts
+        ]
+        known = inspect.signature(function).parameters
+        if "completion_finished" in known:
+            columns["completion_finished"] = rollout.finished.tolist()
+        values = function(prompts=rollout.prompts, completions=completions, **columns)
+        return checked_scores(values, rollout, getattr(function, "__name__", "reward"))
+
+
+def checked_scores(values, rollout: Rollout, name: str) -> Tensor:
+    """Reward values as (N,) float32, or a ValueError that shows the offending sample."""
+    values = list(values)
+    if len(values) != len(rollout):
+        raise ValueError(
+            f"{name} returned {len(values)} rewards for {len(rollout)} samples"
+        )
+    for i, value in enumerate(values):
+        if value is None or not math.isfinite(float(value)):
+            prompt = rollout.prompts[i][-1]["content"]
+            raise ValueError(
+                f"{name} returned {value} for sample {i}: prompt {prompt[:200]!r}, "
+                f"response {rollout.texts[i][:200]!r}"
+            )
+    return torch.tensor([float(v) for v in values])
+
+
+class RunningMoments:
+    """Count, mean and variance of all rewards so far (Chan et al. 1979, parallel form)."""
+
+    def __init__(self, count: float = 0.0, mean: float = 0.0, m2: float = 0.0):
+        self.count, self.mean, self.m2 = count, mean, m2
+
+    def update(self, count: float, mean: float, m2: float) -> None:
+        """Add a batch given by its size, mean and Σ(x − mean)²."""
+        total, delta = self.count + count, mean - self.mean
+        self.m2 += m2 + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation; 1 until there are two different values."""
+        variance = self.m2 / (self.count - 1) if self.count > 1 else 0.0
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+
+class RewardScale:
+    """Scores → scores / std, clipped to ± `limit`, plus `shift`.
+
+    `kind`: "running" divides by the standard deviation of all rewards so far, "reference"
+    by that of the first batch, "none" leaves scores alone, unclipped. Starling's authors
+    shifted rewards slightly above zero, so that ending gains something (its code was not
+    released: that the shift comes last is ours).
+    """
+
+    def __init__(self, kind: str, limit: float, shift: float = 0.0):
+        self.kind, self.limit, self.shift = kind, limit, shift
+        self.moments = RunningMoments()
+
+    @property
+    def std(self) -> float:
+        return 1.0 if self.kind == "none" else self.moments.std
+
+    def __call__(self, scores: Tensor, everyone: Tensor | None = None) -> Tensor:
+        """(N,) scaled scores; `everyone`: those of all processes, for the statistics."""
+        known = self.kind == "reference" and self.moments.count > 0
+        if self.kind != "none" and not known:
+            everyone = (scores if everyone is None else everyone).double()
+            spread = ((everyone - everyone.mean()) ** 2).sum().item()
+            self.moments.update(len(everyone), everyone.mean().item(), spread)
+        if self.kind != "none":
+            scores = (scores / self.std).clamp(-self.limit, self.limit)
+        return scores + self.shift
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must hold: arguments of `RunningMoments`."""
+        return dict(vars(self.moments))
+
+
+class KLCoefficient:
+    """Weight of the KL in the reward, steered to a target where there is one.
+
+    β ← β (1 + clip(KL/target − 1, ± 0.2) · n / horizon) after n responses (Ziegler et al.
+    2019, arXiv 1909.08593, §2.2, whose K_β = 0.1 a batch is n / horizon here, as in trlx).
+    """
+
+    def __init__(self, value: float, target: float | None = None, horizon: float = 1e4):
+        self.value, self.target, self.horizon = value, target, horizon
+
+    def update(self, kl: float, responses: int) -> None:
+        """Take in the mean KL of that many responses, in nats a response."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * responses / self.horizon
+
+
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """(N, R) rewards: −β (log π − log π_init) a token, the score on the last token."""
+    rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
+    last = mask.sum(1) - 1
+    rewards[torch.arange(len(mask)), last] += scores
+    return rewards
