@@ -13,6 +13,7 @@ from starling_lib.checkpoints import (
     MARKER,
     machine_defaults,
     newest_complete,
+    step_of,
     write_marker,
 )
 from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
@@ -169,7 +170,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_killed_in_training_resumes_to_the_same_weights(uninterrupted, tmp_path):
-    killed = run(tmp_path, "--save-steps", 2, "--die-at", 5)
+    killed = run(tmp_path, "--save-steps", 2, "--die-in", "step", "--at", 5)
     assert killed.returncode == -9
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
     assert equal(finished_weights(tmp_path, "--save-steps", 2), uninterrupted)
@@ -179,13 +180,38 @@ def test_a_run_killed_in_training_resumes_to_the_same_weights(uninterrupted, tmp
 def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(
     uninterrupted, tmp_path
 ):
-    killed = run(tmp_path, "--save-steps", 2, "--die-while-saving", 4)
+    killed = run(tmp_path, "--save-steps", 2, "--die-in", "saving", "--at", 4)
     assert killed.returncode == -9
     half = tmp_path / "checkpoint-4"
     assert (half / "model.safetensors").exists() and not (half / MARKER).exists()
     assert equal(finished_weights(tmp_path, "--save-steps", 2), uninterrupted)
     assert any(name.startswith("incomplete-checkpoint-4") for name in names(tmp_path))
     assert (half / MARKER).exists()  # written again, whole this time
+
+
+@pytest.mark.slow
+def test_apa_killed_at_every_stage_ends_with_the_same_weights(tmp_path):
+    """Five iterations of four updates; the run dies four times, then a disk is full."""
+    options = ("--trainer", "apa", "--steps", 20, "--save-steps", 3)
+    whole = finished_weights(tmp_path / "whole", *options)
+    broken = tmp_path / "broken"
+    newest = []
+    for stage, step in (
+        ("sampling", 8),
+        ("scoring", 8),
+        ("update", 10),
+        ("saving", 12),
+        ("disk", 14),
+    ):
+        died = run(broken, *options, "--die-in", stage, "--at", step)
+        assert died.returncode == (1 if stage == "disk" else -9), died.stderr[-3000:]
+        marked = [step_of(p.parent) for p in broken.glob(f"checkpoint-*/{MARKER}")]
+        newest.append(max(marked))
+    assert newest == [6, 6, 9, 9, 12]
+    assert "File too large" in died.stderr
+    assert equal(finished_weights(broken, *options), whole)
+    lines = (broken / "samples.jsonl").read_text().splitlines()
+    assert lines == (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()
 
 
 @pytest.mark.slow

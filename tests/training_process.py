@@ -1,14 +1,16 @@
 """One training run of the tiny model as a process of its own, for the slow tests.
 
-    python training_process.py OUTPUT_DIR [--die-at STEP] [--die-while-saving STEP]
+    python training_process.py OUTPUT_DIR [--die-in STAGE --at STEP]
     torchrun --nproc_per_node 2 training_process.py OUTPUT_DIR --first-gradient …
 
-With a checkpoint in OUTPUT_DIR it resumes. The two ways of dying are kill -9: at the end
-of an optimiser step, or when half of a checkpoint's files are written.
+With a checkpoint in OUTPUT_DIR it resumes. Dying is kill -9, in one of STAGES once the
+run has reached STEP; `disk` does not kill but lets no file grow beyond 4 KiB, which is
+how a full disk looks to who writes a checkpoint.
 """
 
 import argparse
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -19,22 +21,50 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from starling_lib import rollouts
 from starling_lib.apa import APAConfig, APATrainer
 from starling_lib.models import load_policy, load_reward_model, load_tokenizer
 from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
+from starling_lib.rollouts import InverseSampling
+
+STAGES = ("sampling", "scoring", "update", "step", "saving", "disk")
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+class Death(TrainerCallback):
+    """Kills its process where it was told to; asked at every place that could be it."""
 
+    def __init__(self, stage: str | None, step: int):
+        self.stage, self.step, self.reached = stage, step, 0
 
-class DieAt(TrainerCallback):
-    def __init__(self, step: int | None):
-        self.step = step
+    def strike(self, stage: str) -> None:
+        if stage == self.stage and self.reached >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.reached = state.global_step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.strike("update")  # gradients are there, nothing is learnt from them yet
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            die()
+        self.reached = state.global_step
+        self.strike("step")
+        if self.stage == "disk" and self.reached >= self.step:
+            # Python ignores the signal, and writing fails as on a full disk.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def dies_while_saving(trainer, death: Death):
+    """The same trainer, which may die when weights and optimiser are written, not more."""
+    save_rng_state = trainer._save_rng_state
+
+    def maybe(output_dir):
+        death.strike("saving")
+        save_rng_state(output_dir)
+
+    trainer._save_rng_state = maybe
+    trainer.add_callback(death)
+    return trainer
 
 
 class SaveFirstGradient(TrainerCallback):
@@ -45,15 +75,6 @@ class SaveFirstGradient(TrainerCallback):
             found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
             found = {n: g.clone() for n, g in found.items() if g is not None}
             save_file(found, str(Path(args.output_dir) / "gradient.safetensors"))
-
-
-class DyingRewardTrainer(KwiseRewardTrainer):
-    die_while_saving: int | None = None
-
-    def _save_rng_state(self, output_dir):
-        if self.state.global_step == self.die_while_saving:
-            die()  # weights and optimiser are written, the rest is not
-        super()._save_rng_state(output_dir)
 
 
 def share_of_a(prompts, completions, **columns) -> list[float]:
@@ -77,19 +98,30 @@ def reward_run(options) -> KwiseRewardTrainer:
         disable_tqdm=True,
     )
     tokenizer = load_tokenizer("tiny")
-    trainer = DyingRewardTrainer(
+    return KwiseRewardTrainer(
         load_reward_model("tiny", tokenizer),
         args,
         Dataset.from_list(toy_rows()),
         processing_class=tokenizer,
-        callbacks=[DieAt(options.die_at)],
         peft_config=lora,
     )
-    trainer.die_while_saving = options.die_while_saving
-    return trainer
 
 
-def apa_run(options) -> APATrainer:
+def apa_run(options, death: Death) -> APATrainer:
+    def reward(prompts, completions, **columns):
+        death.strike("scoring")
+        return share_of_a(prompts, completions)
+
+    class DyingSampling(InverseSampling):
+        tokens = 0
+
+        def __call__(self, input_ids, scores):
+            DyingSampling.tokens += 1
+            if DyingSampling.tokens % 10 == 0:  # somewhere inside a response
+                death.strike("sampling")
+            return super().__call__(input_ids, scores)
+
+    rollouts.InverseSampling = DyingSampling
     args = APAConfig.paper(
         output_dir=options.output_dir,
         per_device_train_batch_size=options.batch,
@@ -99,13 +131,14 @@ def apa_run(options) -> APATrainer:
         separate_value_model=False,
         max_new_tokens=100,
         max_steps=options.steps,
-        save_strategy="no",
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 1,
         max_grad_norm=0,
         disable_tqdm=True,
     )
     return APATrainer(
         load_policy("tiny"),
-        share_of_a,
+        reward,
         args,
         Dataset.from_list(toy_rows()).select_columns("prompt"),
         processing_class=load_tokenizer("tiny"),
@@ -121,16 +154,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="train the last N on a cached trunk")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--save-steps", type=int, default=0)
-    parser.add_argument("--die-at", type=int)
-    parser.add_argument("--die-while-saving", type=int)
+    parser.add_argument("--die-in", choices=STAGES)
+    parser.add_argument("--at", type=int, default=0)
     parser.add_argument("--first-gradient", action="store_true")
     options = parser.parse_args()
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer = {"reward": reward_run, "apa": apa_run}[options.trainer](options)
+    death = Death(options.die_in, options.at)
+    is_apa = options.trainer == "apa"
+    trainer = apa_run(options, death) if is_apa else reward_run(options)
+    trainer = dies_while_saving(trainer, death)
     if options.first_gradient:
         trainer.add_callback(SaveFirstGradient())
     trainer.train(resume_from_checkpoint=True)
-    if options.trainer == "apa":
+    if is_apa:
         kept = {k: v.contiguous() for k, v in trainer.experience.items()}
         name = f"experience-{trainer.args.process_index}.safetensors"
         save_file(kept, str(Path(options.output_dir) / name))
