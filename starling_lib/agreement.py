@@ -34,14 +34,16 @@ def votes_from_scores(scores: Table, tie_delta: float = TIE_DELTA) -> pd.DataFra
     """Votes between every two models, from scores of their single answers.
 
     Args:
-        scores: rows of `question_id, model, score` and, where there are several, `turn`
-            and `rater`. A score of NaN is a failure (FastChat's −1 must be made NaN: a
-            reward model may well give −1).
+        scores: rows of `question_id, model, score` and, where there are several, `turn`,
+            `pass` and `rater` (or `judge`), such as single judgments as `read_judgments`
+            gives them. A score of NaN is a failure, and one with an `error`; −1 alone
+            is a number like others, since a reward model may well give it.
         tie_delta: scores no further apart are a tie (FastChat: 0.1 of 10 points). A
             reward model's unit is its own: give what its scores can tell apart.
 
     Returns:
-        Votes with model_a < model_b; `winner` is "error" where a score is missing.
+        Votes with model_a < model_b; `winner` is "error" where a score is missing. With
+        `order=0` for the one order there is, `win_rates.pairwise_table` counts them.
 
     Raises:
         ValueError: on a missing column, two scores of one answer, a negative delta.
@@ -52,10 +54,15 @@ def votes_from_scores(scores: Table, tie_delta: float = TIE_DELTA) -> pd.DataFra
             raise ValueError(f"scores without the column {name!r}")
     if not tie_delta >= 0:
         raise ValueError(f"tie_delta={tie_delta}: expected 0 or more")
-    keys = ["question_id", *(name for name in ("turn", "rater") if name in frame)]
+    if "judge" in frame and "rater" not in frame:
+        frame = frame.rename(columns={"judge": "rater"})
+    if "error" in frame:
+        frame = frame.assign(score=frame["score"].mask(frame["error"].notna()))
+    extra = [name for name in ("turn", "pass", "rater") if name in frame]
+    keys = ["question_id", *extra]
     if (repeated := frame.duplicated([*keys, "model"])).any():
         row = frame.loc[repeated, [*keys, "model"]].iloc[0].to_dict()
-        raise ValueError(f"scored twice: {row}; average repeated scores first")
+        raise ValueError(f"scored twice: {row}; number them in a column 'pass'")
     frame = frame[[*keys, "model", "score"]]
     pairs = frame.merge(frame, on=keys, suffixes=("_a", "_b"))
     pairs = pairs[pairs["model_a"] < pairs["model_b"]].reset_index(drop=True)

@@ -22,6 +22,7 @@ from starling_lib.bench_files import (
     QuestionId,
     answer_row,
     questions_by_id,
+    turn_messages,
     write_answers,
 )
 from starling_lib.chat import Message
@@ -137,12 +138,11 @@ class _TurnAsker:
 
     def messages(self, question: Row, turn: int, known: Mapping) -> list[Message]:
         """The conversation up to the user's turn number `turn`."""
-        messages = []
-        for earlier in range(1, turn):
-            answer = known[question["question_id"], earlier]["answer"]
-            said = {"role": "user", "content": question["turns"][earlier - 1]}
-            messages += [said, {"role": "assistant", "content": answer}]
-        return [*messages, {"role": "user", "content": question["turns"][turn - 1]}]
+        said = [
+            known[question["question_id"], earlier]["answer"]
+            for earlier in range(1, turn)
+        ]
+        return turn_messages(question, said)
 
     def digest(self, question: Row, messages: Sequence[Message]) -> str:
         """What makes an answer this run's: text, model and settings, hashed."""

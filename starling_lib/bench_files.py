@@ -22,6 +22,7 @@ from typing import Any
 
 import pandas as pd
 
+from starling_lib.chat import Message
 from starling_lib.journal import Row, line_of, write_atomically
 
 QuestionId = int | str
@@ -140,6 +141,15 @@ def questions_by_id(questions: Iterable[Mapping[str, Any]]) -> dict[QuestionId, 
             raise ValueError(f"two questions have the id {question['question_id']!r}")
         found[question["question_id"]] = dict(question)
     return found
+
+
+def turn_messages(question: Mapping[str, Any], said: Sequence[str]) -> list[Message]:
+    """The conversation up to the user's turn that follows the answers `said` so far."""
+    messages = []
+    for asked, answer in zip(question["turns"], said, strict=False):
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answer})
+    return [*messages, {"role": "user", "content": question["turns"][len(said)]}]
 
 
 # --- answers and references
@@ -270,6 +280,9 @@ _OWN_FIELDS = {"pass": int, "error": str}  # behind FastChat's, where they say s
 FIELDS = {"single": _SINGLE_FIELDS, "pair": _PAIR_FIELDS}
 MODELS = {"single": ["model"], "pair": ["model_1", "model_2"]}
 WINNERS = ("model_1", "model_2", "tie", "error")
+FAILED = -1  # FastChat's score of a rating that could not be read
+REWARD = "reward"  # in the place of the prompt's name: nobody was asked, −1 is a score
+NO_REASON = "failed; the file gives no reason"
 
 
 def read_judgments(
@@ -288,7 +301,8 @@ def read_judgments(
         FastChat's fields, except that `judge` is the model alone, beside `prompt` (the
         template's name); and `category`, `pass` (1, 2, … where the judge was asked
         several times), `error` (why a judgment failed; missing elsewhere). `score` is
-        what the file says, −1 a failure. Nothing is parsed again.
+        what the file says; FastChat's −1 without a reason gets an `error` that says so,
+        except where `prompt` is "reward". Nothing is parsed again.
 
     Raises:
         ValueError: naming file, line and field of a bad judgment.
@@ -344,6 +358,7 @@ def judgment_frame(
     unnumbered = frame["pass"] == 0
     counted = frame[unnumbered].groupby(subject, sort=False).cumcount() + 1
     frame.loc[unnumbered, "pass"] = counted
+    frame["error"] = frame["error"].mask(_unexplained(frame, kind), NO_REASON)
     first = [
         "question_id",
         "category",
@@ -354,6 +369,16 @@ def judgment_frame(
         "pass",
     ]
     return frame[first + [name for name in frame if name not in first]]
+
+
+def _unexplained(frame: pd.DataFrame, kind: str) -> pd.Series:
+    """Which judgments are failures that their file gives no reason for."""
+    failed = (
+        (frame[["g1_winner", "g2_winner"]] == "error").any(axis=1)
+        if (kind == "pair")
+        else (frame["score"] == FAILED) & (frame["prompt"] != REWARD)
+    )
+    return failed & frame["error"].isna()
 
 
 def _categories(questions: Iterable[Mapping[str, Any]] | None):
@@ -389,6 +414,7 @@ def write_judgments(judgments: pd.DataFrame, path: str | Path) -> Path:
             record["score"] = plain_score(record["score"])
         row = {name: record[name] for name in FIELDS[kind]}
         row |= {"pass": record["pass"]} if record["pass"] > 1 else {}
-        row |= {"error": record["error"]} if isinstance(record["error"], str) else {}
+        explained = isinstance(record["error"], str) and record["error"] != NO_REASON
+        row |= {"error": record["error"]} if explained else {}
         rows.append(row)
     return _write_rows(rows, path)

@@ -3,20 +3,16 @@
 Knows frames of judgments as `bench_files.read_judgments` returns them: tables by the
 rules of FastChat's `show_result`, intervals and tests over questions. Does not know who
 judged, nor what was said. The unit of every interval is the question: its two turns and
-all passes over it stay together. A failed judgment (score −1, winner "error") enters no
-mean and no count but `failed`.
+all passes over it stay together. A failed judgment, which is one with an `error`, enters
+no mean and no count but `failed`: a score of −1 alone says nothing, since a reward model
+may well give it. Wins are counted in `win_rates`, from pairs as from single scores.
 """
-
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
 from starling_lib.bench_files import CATEGORIES
 from starling_lib.statistics import bootstrap_interval, paired_difference
-
-FAILED = -1
-TIE_DELTA = 0.1  # scores as near as this are a tie, as in FastChat
 
 
 # --- tables
@@ -34,14 +30,14 @@ def score_table(judgments: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Index `model`; a column for each category, `turn_1`, `turn_2`, `overall`,
-        `failed` (judgments with the score −1, in no mean; NaN where no other is left).
+        `failed` (judgments with an `error`, in no mean; NaN where no other is left).
 
     Raises:
         ValueError: judgments of several judges, or none at all.
     """
     check_one_judge(judgments)
     parts = score_parts(judgments)
-    scores = judgments["score"].astype(float).where(judgments["score"] != FAILED)
+    scores = judgments["score"].astype(float).where(judgments["error"].isna())
     table = pd.DataFrame(
         {
             name: scores[chosen].groupby(judgments["model"][chosen]).mean()
@@ -79,107 +75,6 @@ def check_one_judge(judgments: pd.DataFrame) -> None:
             f"judgments of several judges ({', '.join(judges)}) make no common score: "
             "choose those of one"
         )
-
-
-def win_table(judgments: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
-    """Wins by FastChat's rules (`show_result --mode pairwise-…`), best model first.
-
-    A pair is won by who wins in both orders; a tie or a change of mind is a tie. With
-    "error" in either order it counts for nobody.
-
-    Args:
-        judgments: pairs of one judge, as `read_judgments(kind="pair")` gives them.
-        baseline: only its pairs, seen from the other model.
-
-    Returns:
-        Index `model`; `win, loss, tie, win_rate, loss_rate, win_rate_adjusted`
-        ((win + tie / 2) / all), `failed`.
-
-    Raises:
-        ValueError: several judges, no judgments, or none with the baseline.
-    """
-    check_one_judge(judgments)
-    if baseline is not None:
-        judgments = judgments[
-            (judgments[["model_1", "model_2"]] == baseline).any(axis=1)
-        ]
-        if judgments.empty:
-            raise ValueError(f"no judgment has the model {baseline!r}")
-    outcome = pair_outcomes(judgments)
-    sides = [("model_1", "model_2"), ("model_2", "model_1")]
-    table = sum(
-        pd.DataFrame(
-            {
-                "model": judgments[own],
-                "win": outcome == own,
-                "loss": outcome == other,
-                "tie": outcome == "tie",
-                "failed": outcome == "error",
-            }
-        )
-        .groupby("model")
-        .sum()
-        .reindex(_models(judgments), fill_value=0)
-        for own, other in sides
-    ).drop(index=[baseline] * (baseline is not None))
-    failed, count = table.pop("failed"), table[["win", "loss", "tie"]].sum(axis=1)
-    table["win_rate"] = table["win"] / count
-    table["loss_rate"] = table["loss"] / count
-    table["win_rate_adjusted"] = (table["win"] + table["tie"] / 2) / count
-    table["failed"] = failed
-    return table.sort_values("win_rate_adjusted", ascending=False, kind="stable")
-
-
-def _models(judgments: pd.DataFrame) -> pd.Index:
-    names = pd.unique(judgments[["model_1", "model_2"]].to_numpy().ravel())
-    return pd.Index(sorted(names), name="model")
-
-
-def pair_outcomes(judgments: pd.DataFrame) -> pd.Series:
-    """Both orders together: "model_1", "model_2", "tie" or "error", one a row."""
-    first, second = judgments["g1_winner"], judgments["g2_winner"]
-    outcome = first.where(first == second, "tie")
-    return outcome.mask((first == "error") | (second == "error"), "error")
-
-
-def single_as_pairs(
-    judgments: pd.DataFrame, tie_delta: float = TIE_DELTA
-) -> pd.DataFrame:
-    """Single scores as outcomes of pairs: who scored more on the same question and turn.
-
-    Scores that differ by no more than `tie_delta` tie, as in FastChat; where one failed
-    the pair is an "error". There is one order only, so both games say the same.
-
-    Args:
-        judgments: single-answer judgments of one judge, each model, question, turn and
-            pass once.
-
-    Returns:
-        Pairs for `win_table`, models in the order of their names: `question_id`,
-        `category`, `model_1, model_2, judge, turn, pass, g1_winner, g2_winner`.
-
-    Raises:
-        ValueError: several judges, no judgments, or one there twice.
-    """
-    check_one_judge(judgments)
-    scores = _pivoted(judgments, ["question_id", "judge", "turn", "pass"])
-    pairs = []
-    for one, other in combinations(scores.columns, 2):
-        both = scores[[one, other]].dropna()
-        gap = (both[one] - both[other]).to_numpy()
-        failed = (both == FAILED).any(axis=1).to_numpy()
-        winner = np.select(
-            [failed, np.abs(gap) <= tie_delta, gap > 0],
-            ["error", "tie", "model_1"],
-            "model_2",
-        )
-        frame = both.index.to_frame(index=False)
-        frame = frame.assign(model_1=one, model_2=other)
-        frame = frame.assign(g1_winner=winner, g2_winner=winner)
-        pairs.append(_with_category(frame, judgments))
-    if not pairs:
-        raise ValueError("judgments of one model only: nothing to pair")
-    return pd.concat(pairs, ignore_index=True)
 
 
 def _pivoted(judgments: pd.DataFrame, item: list[str]) -> pd.DataFrame:
@@ -222,7 +117,7 @@ def score_intervals(
     check_one_judge(judgments)
     rows = {}
     for model in score_table(judgments).index:
-        valid = (judgments["model"] == model) & (judgments["score"] != FAILED)
+        valid = (judgments["model"] == model) & judgments["error"].isna()
         for part, chosen in score_parts(judgments).items():
             scored = judgments[chosen & valid]
             if scored.empty:
@@ -265,7 +160,7 @@ def compare_scores(
     for model in (a, b):
         if model not in set(judgments["model"]):
             raise ValueError(f"no judgment has the model {model!r}")
-    scored = judgments[judgments["score"] != FAILED]
+    scored = judgments[judgments["error"].isna()]
     means = scored.groupby(["question_id", "turn", "model"])["score"].mean()
     pairs = means.unstack("model").reindex(columns=[a, b]).dropna().reset_index()
     if pairs.empty:
@@ -298,7 +193,7 @@ def run_to_run(judgments: pd.DataFrame) -> pd.DataFrame:
     passes = judgments["pass"].nunique()
     if passes < 2:
         raise ValueError("the judge was asked once: judge again with passes=2 or more")
-    valid = judgments[judgments["score"] != FAILED]
+    valid = judgments[judgments["error"].isna()]
     scores = _pivoted(valid, ["question_id", "turn", "pass"]).unstack("pass")
     rows = {}
     for model in sorted(valid["model"].unique()):

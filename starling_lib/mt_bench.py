@@ -23,6 +23,7 @@ import pandas as pd
 
 from starling_lib.bench_answers import answer_questions
 from starling_lib.bench_files import (
+    FAILED,
     MODELS,
     Answers,
     QuestionId,
@@ -40,13 +41,10 @@ from starling_lib.bench_files import (
     write_judgments,
 )
 from starling_lib.bench_scores import (
-    FAILED,
     compare_scores,
     run_to_run,
     score_intervals,
     score_table,
-    single_as_pairs,
-    win_table,
 )
 from starling_lib.chat import Message
 from starling_lib.journal import Row, open_journal
@@ -79,8 +77,6 @@ __all__ = [
     "run_to_run",
     "score_intervals",
     "score_table",
-    "single_as_pairs",
-    "win_table",
     "write_answers",
     "write_judgments",
 ]
@@ -229,7 +225,8 @@ def judge_pairs(
         others: as of `judge_answers`.
 
     Returns:
-        The judgments as `read_judgments(kind="pair")` gives them; see `win_table`.
+        The judgments as `read_judgments(kind="pair")` gives them, for
+        `win_rates.games_from_judgments`.
 
     Raises:
         ValueError, JudgeError: as `judge_answers`; ValueError for an unknown baseline

@@ -179,7 +179,11 @@ class KwiseRewardTrainer(WrappedModelTrainer):
             freeze_below(model, args.num_layers_unfrozen)
             self.peft_model = None
         else:
-            self.peft_model = add_adapters(model, peft_config, args.num_layers_unfrozen)
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed)  # the adapters' initial weights
+                self.peft_model = add_adapters(
+                    model, peft_config, args.num_layers_unfrozen
+                )
         tokenizer = reward_tokenizer(processing_class)
         self.responses = _most_responses(train_dataset, eval_dataset)
         # The split is verified when it is made, which only the cache has a use for.

@@ -156,12 +156,18 @@ def pairwise_table(games: Table, baseline: str | None = None) -> pd.DataFrame:
 
     Returns:
         Index `model`; `n` (verdicts), `win, tie, loss`, `error` (left out of `n`),
-        `win_rate` = win / n and `adjusted_win_rate` = (win + tie/2) / n as in FastChat's
-        `show_result`, each with `_low` and `_high` over questions (NaN for one).
+        `win_rate` = win / n, `loss_rate` = loss / n and `adjusted_win_rate` = (win +
+        tie/2) / n as in FastChat's `show_result`, each with `_low` and `_high` over
+        questions (NaN for one).
 
     Raises:
-        ValueError: on a bad game, or a baseline that played no game.
+        ValueError: on a bad game, games of several judges, or a baseline that played
+            no game.
     """
+    games = pd.DataFrame(games)
+    if "judge" in games and games["judge"].nunique() > 1:
+        names = ", ".join(sorted(games["judge"].unique()))
+        raise ValueError(f"games of several judges ({names}): choose those of one")
     sides = _sides(resolve_swaps(games))
     if baseline is not None:
         if baseline not in set(sides["model"]):
@@ -181,7 +187,9 @@ def _record(side: pd.DataFrame) -> dict[str, float]:
     for name, value in (("win", 1), ("tie", 0.5), ("loss", 0)):
         record[name] = int((points == value).sum())
     record["error"] = len(side) - len(judged)
-    for name, values in (("win_rate", points == 1), ("adjusted_win_rate", points)):
+    rates = {"win": points == 1, "loss": points == 0, "adjusted_win": points}
+    for rate, values in rates.items():
+        name = f"{rate}_rate"
         estimate, low, high = _mean(values, judged["question_id"])
         record |= {name: estimate, f"{name}_low": low, f"{name}_high": high}
     return record
