@@ -13,8 +13,8 @@ OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test test-slow bench-reward bench-losses lab lint format freeze \
-        clean
+.PHONY: help venv run test test-slow bench-reward bench-losses bench-apa \
+        bench-rollout lab lint format freeze clean
 
 help:  ## list the targets
 	@echo 'Usage: make TARGET [VARIABLE=value ...]'
@@ -57,6 +57,12 @@ bench-reward: $(STAMP)  ## speed of reward training, TRL beside ours (an hour)
 bench-losses: $(STAMP)  ## MLE_K against MLE_2, and reading of endings (two hours)
 	$(OFFLINE) $(PY) tests/benchmarks/study_reward.py losses $(ARGS)
 	$(OFFLINE) $(PY) tests/benchmarks/study_reward.py endings $(ARGS)
+
+bench-apa: $(STAMP)  ## APA, PPO, AWR, RLOO, DPO, SFT, three seeds (hours; resumable)
+	$(OFFLINE) $(PY) tests/benchmarks/study_apa.py $(ARGS)
+
+bench-rollout: $(STAMP)  ## one iteration and its parts, TRL's RLOO beside ours
+	$(OFFLINE) $(PY) tests/benchmarks/bench_rollout.py $(ARGS)
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks

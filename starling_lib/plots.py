@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, YELLOW, GREY, PALE = "#56B4E9", "#E69F00", "#666666", "#E8E8E8"
@@ -869,7 +869,7 @@ def loss_study(runs: pd.DataFrame, measures: Mapping[str, str]) -> Figure:
             ax.plot(mean.index + aside, mean, "o-", c=CYCLE[i], label=loss)
         ax.set(xlabel="share of the rows", ylabel=label)
         ax.set_xticks(sorted(runs["fraction"].unique()))
-        ax.xaxis.set_major_formatter("{x:.0%}".format)
+        ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
     )
@@ -1013,6 +1013,33 @@ def category_radar(
     ax.set_rlabel_position(180 / scores.shape[1])  # between two spokes
     ax.spines["polar"].set_color(PALE)
     figure.legend(loc="outside lower center", ncols=min(3, len(scores)))
+    return figure
+
+
+@styled
+def score_differences(differences: pd.DataFrame, unit: str = "points") -> Figure:
+    """Paired differences of scores in every part, with intervals; dashed: none.
+
+    Args:
+        differences: index (a, b, part), columns `difference, low, high`.
+        unit: of the scores.
+    """
+    pairs = list(differences.index.droplevel(2).unique())
+    parts = list(differences.index.unique(2))[::-1]
+    figure = new_figure(height=1.1 + 0.22 * len(parts) * (1 + 0.4 * (len(pairs) - 1)))
+    ax = figure.subplots()
+    for i, (a, b) in enumerate(pairs):
+        part = differences.loc[(a, b)].reindex(parts)
+        shift = 0.5 * ((len(pairs) - 1) / 2 - i) / len(pairs)
+        ends = _ends(part, "difference", "low", "high")
+        style = {"fmt": "o", "capsize": 3, "color": CYCLE[i % len(CYCLE)]}
+        places = np.arange(len(parts)) + shift
+        ax.errorbar(part["difference"], places, xerr=ends, label=f"{a} − {b}", **style)
+    ax.axvline(0, color=GREY, linestyle="--", linewidth=1.2)
+    ax.set_yticks(range(len(parts)), parts)
+    ax.set(xlabel=f"difference ({unit})", ylim=(-0.6, len(parts) - 0.4))
+    ax.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=min(3, len(pairs)))
     return figure
 
 

@@ -61,7 +61,7 @@ class Settings:
 
     def reward_config(self, output_dir: Path | str, **overrides) -> KwiseRewardConfig:
         """Arguments of the reward trainer, writing to `output_dir`."""
-        arguments = {"seed": self.seed, "save_steps": 10, "save_total_limit": 2}
+        arguments = {"seed": self.seed, "save_steps": 25, "save_total_limit": 2}
         arguments |= {"eval_strategy": "no", "output_dir": str(output_dir)}
         return KwiseRewardConfig.for_this_machine(
             **{**arguments, **self.reward, **overrides}

@@ -121,3 +121,22 @@ def test_efficiency_has_bars_a_judge_and_the_line_of_equal_errors():
     assert np.ravel(ends(ax, 1)) == pytest.approx([0.8, 1.0, 0.4, 0.6])
     assert set(line(ax, "equal errors")) == {1}
     assert ax.get_ylabel() == "error of MLE_2 / error of MLE_K"
+
+
+def test_loss_study_draws_every_seed_and_the_mean_of_each_loss():
+    runs = pd.DataFrame(
+        [
+            {"loss": loss, "fraction": f, "seed": seed, "nll": f + seed + (loss == "a")}
+            for loss in "ab"
+            for f in (0.5, 1.0)
+            for seed in (0, 1)
+        ]
+    )
+    figure = plots.loss_study(runs, {"nll": "nats"})
+    (ax,) = figure.axes
+    dots, line = ax.lines[0], ax.lines[1]
+    assert sorted(dots.get_ydata()) == [1.5, 2.0, 2.5, 3.0]
+    assert line.get_ydata().tolist() == [2.0, 2.5] and line.get_label() == "a"
+    assert ax.get_ylabel() == "nats"
+    figure.canvas.draw()
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["50%", "100%"]

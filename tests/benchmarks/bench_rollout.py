@@ -1,0 +1,277 @@
+"""How fast one iteration of policy optimisation is: APATrainer beside TRL's RLOOTrainer.
+
+    python tests/benchmarks/bench_rollout.py [--repeats 5] [--responses 64] [--only …]
+
+An iteration samples 64 responses of up to 64 tokens, scores them with the same reward
+model and makes the same number of updates on them, with a KL term, the same precision and
+no gradient checkpointing. Beside it sampling alone, ours and plain `generate`. Every
+measurement is a process of its own; the variants take turns. Prints a table and writes
+`results/rollout.json`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+NEW_TOKENS, BATCH, EPOCHS, MODEL = 64, 16, 2, "smollm2-135m"
+# name → what it is, trained layers (None: all)
+VARIANTS = {
+    "ours-4": ("APA, last 4 layers", 4),
+    "rloo-4": ("RLOO, last 4 layers", 4),
+    "ours-all": ("APA, all layers", None),
+    "rloo-all": ("RLOO, all layers", None),
+    "sample": ("sampling alone, ours", None),
+    "generate": ("sampling alone, plain generate", None),
+}
+
+
+def prompts(count: int):
+    from starling_lib.rankings import load_rankings
+
+    rows = load_rankings(split="train").select_columns("prompt")
+    return rows.select([i % len(rows) for i in range(count)])
+
+
+def reward_function(score, eos: int):
+    """One scorer for both trainers; each says in its own way what ended."""
+
+    def proxy(
+        prompts, completions, completion_ids=None, completion_finished=None, **rest
+    ):
+        texts = [completion[-1]["content"] for completion in completions]
+        if completion_finished is None:
+            completion_finished = [ids[-1] == eos for ids in completion_ids]
+        return score(prompts, texts, completion_finished).tolist()
+
+    return proxy
+
+
+class Clock:
+    """Seconds of each iteration, from its first sampling to its last update."""
+
+    def __init__(self, updates: int):
+        from transformers import TrainerCallback
+
+        self.marks = [time.perf_counter()]
+        clock = self
+
+        class Callback(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs):
+                clock.marks = [time.perf_counter()]
+
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step % updates == 0:
+                    clock.marks.append(time.perf_counter())
+
+        self.callback = Callback()
+
+    @property
+    def seconds(self) -> float:
+        """Of the last iteration: the first pays for allocation and page faults."""
+        return self.marks[-1] - self.marks[-2]
+
+
+def setup(layers: int | None, folder: Path):
+    """Policy from a folder (RLOO's reference comes from there), tokenizer, reward."""
+    from functools import partial
+
+    from starling_lib.models import load_policy, load_reward_model, load_tokenizer
+    from starling_lib.scoring import reward_tokenizer, score_responses
+    from starling_lib.trunk import freeze_below
+
+    tokenizer = load_tokenizer(MODEL)
+    load_policy(MODEL).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    policy = load_policy(str(folder))
+    freeze_below(policy, layers)
+    rewarder = reward_tokenizer(load_tokenizer(MODEL))
+    score = partial(score_responses, load_reward_model(MODEL, rewarder), rewarder)
+    return policy, tokenizer, reward_function(score, tokenizer.eos_token_id)
+
+
+def apa_iteration(layers: int | None, responses: int, folder: Path) -> float:
+    from starling_lib.apa import APAConfig, APATrainer
+
+    policy, tokenizer, reward = setup(layers, folder / "start")
+    clock = Clock(EPOCHS * responses // BATCH)
+    args = APAConfig.starling(
+        output_dir=str(folder),
+        rollout_batch_size=responses,
+        per_device_train_batch_size=BATCH,
+        num_epochs_per_rollout=EPOCHS,
+        num_layers_unfrozen=layers,
+        max_new_tokens=NEW_TOKENS,
+        max_prompt_length=256,
+        max_steps=2 * EPOCHS * responses // BATCH,
+        learning_rate=1e-6,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = prompts(4 * responses)
+    trainer = APATrainer(policy, reward, args, data, processing_class=tokenizer)
+    trainer.add_callback(clock.callback)
+    trainer.train()
+    return clock.seconds
+
+
+def rloo_iteration(layers: int | None, responses: int, folder: Path) -> float:
+    from trl import RLOOConfig, RLOOTrainer
+
+    from starling_lib.checkpoints import machine_defaults
+
+    policy, tokenizer, reward = setup(layers, folder / "start")
+    clock = Clock(EPOCHS * responses // BATCH)
+    arguments = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": BATCH,
+        "steps_per_generation": responses // BATCH,
+        "num_iterations": EPOCHS,
+        "num_generations": 2,
+        "max_completion_length": NEW_TOKENS,
+        "max_steps": 2 * EPOCHS * responses // BATCH,
+        "beta": 0.01,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "learning_rate": 1e-6,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    args = RLOOConfig(**machine_defaults(arguments))
+    data = prompts(2 * responses)
+    trainer = RLOOTrainer(
+        policy, reward, args, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.add_callback(clock.callback)
+    trainer.train()
+    return clock.seconds
+
+
+def sampling(plain: bool, responses: int) -> float:
+    """Seconds of one batch: `rollouts.sample`, or `generate` as one would call it."""
+    import torch
+
+    from starling_lib.models import inference, load_policy, load_tokenizer
+    from starling_lib.rollouts import encode_prompt, left_pad, sample
+
+    policy, tokenizer = load_policy(MODEL), load_tokenizer(MODEL)
+    asked = prompts(responses)["prompt"]
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        if plain:
+            encoded = [encode_prompt(tokenizer, messages) for messages in asked]
+            ids, mask = left_pad(encoded, tokenizer.pad_token_id)
+            with inference(policy):
+                torch.manual_seed(0)
+                policy.generate(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    max_new_tokens=NEW_TOKENS,
+                    pad_token_id=tokenizer.pad_token_id,
+                    **options,
+                )
+        else:
+            sample(policy, tokenizer, asked, max_new_tokens=NEW_TOKENS)
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def measure(variant: str, responses: int) -> dict[str, float]:
+    """One measurement in this process."""
+    import resource
+
+    from starling_lib.models import precision
+
+    layers = VARIANTS[variant][1]
+    with tempfile.TemporaryDirectory() as folder:
+        if variant in ("sample", "generate"):
+            seconds = sampling(variant == "generate", responses)
+        else:
+            run = apa_iteration if variant.startswith("ours") else rloo_iteration
+            seconds = run(layers, responses, Path(folder))
+    return {
+        "seconds": seconds,
+        "samples_per_second": responses / seconds,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "precision": precision(),
+    }
+
+
+def run(variant: str, options) -> dict[str, float]:
+    """One measurement in a new process; its last line is the result."""
+    command = [sys.executable, __file__, "--worker", variant]
+    command += ["--responses", str(options.responses)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{variant} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """Medians as a Markdown table; speed as a multiple of the variant below."""
+    rivals = {"ours-4": "rloo-4", "ours-all": "rloo-all", "sample": "generate"}
+    middle = {
+        variant: {
+            name: statistics.median(r[name] for r in measured)
+            for name in ("seconds", "samples_per_second", "peak_gib")
+        }
+        for variant, measured in runs.items()
+    }
+    lines = [
+        "| variant | seconds | samples/s | × | GiB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for variant, row in middle.items():
+        rival = middle.get(rivals.get(variant))
+        times = f"{rival['seconds'] / row['seconds']:.1f}" if rival else ""
+        figures = f"{row['seconds']:.1f} | {row['samples_per_second']:.2f} | {times}"
+        lines.append(f"| {VARIANTS[variant][0]} | {figures} | {row['peak_gib']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--responses", type=int, default=64)
+    parser.add_argument(
+        "--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS)
+    )
+    parser.add_argument("--worker", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(measure(options.worker, options.responses)))
+        return
+    runs: dict[str, list[dict]] = {variant: [] for variant in options.only}
+    for repeat in range(options.repeats):
+        for variant in options.only:
+            runs[variant].append(run(variant, options))
+            seconds = runs[variant][-1]["seconds"]
+            print(
+                f"{repeat + 1}/{options.repeats} {variant}: {seconds:.1f} s", flush=True
+            )
+    RESULTS.mkdir(exist_ok=True)
+    result = {
+        "date": date.today().isoformat(),
+        "command": " ".join(
+            ["python tests/benchmarks/bench_rollout.py", *sys.argv[1:]]
+        ),
+        "machine": platform.processor() or platform.machine(),
+        "runs": runs,
+    }
+    path = RESULTS / "rollout.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{table(runs)}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()
