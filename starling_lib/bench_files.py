@@ -373,11 +373,10 @@ def judgment_frame(
 
 def _unexplained(frame: pd.DataFrame, kind: str) -> pd.Series:
     """Which judgments are failures that their file gives no reason for."""
-    failed = (
-        (frame[["g1_winner", "g2_winner"]] == "error").any(axis=1)
-        if (kind == "pair")
-        else (frame["score"] == FAILED) & (frame["prompt"] != REWARD)
-    )
+    if kind == "pair":
+        failed = (frame[["g1_winner", "g2_winner"]] == "error").any(axis=1)
+    else:
+        failed = (frame["score"] == FAILED) & (frame["prompt"] != REWARD)
     return failed & frame["error"].isna()
 
 

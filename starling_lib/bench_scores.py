@@ -14,7 +14,6 @@ import pandas as pd
 from starling_lib.bench_files import CATEGORIES
 from starling_lib.statistics import bootstrap_interval, paired_difference
 
-
 # --- tables
 
 

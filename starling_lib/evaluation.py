@@ -8,16 +8,21 @@ the prompt, because samples of one prompt resemble each other.
 
 import html
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from starling_lib.bench_compare import compare as compare
+from starling_lib.mt_bench import RewardFunction
 from starling_lib.mt_bench import read_judgments as read_judgments
 from starling_lib.mt_bench import read_questions as read_questions
 from starling_lib.mt_bench import score_table as score_table
 from starling_lib.statistics import paired_difference
+from starling_lib.win_rates import (
+    length_controlled_win_rate as length_controlled_win_rate,
+)
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -27,7 +32,6 @@ if TYPE_CHECKING:
     from starling_lib.rollouts import Rollout
 
 Messages = list[dict[str, str]]
-RewardFunction = Callable[[list[Messages], list[str], list[bool]], Sequence[float]]
 SAMPLE_KEYS = ["prompt_index", "sample"]
 
 

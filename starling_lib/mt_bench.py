@@ -1,30 +1,33 @@
 """MT-Bench: questions of two turns → a model's answers → a judge's ratings or verdicts.
 
-Knows: how answers are put to a judge singly or in pairs, and how that goes on after a
-kill. Does not know where answers come from (`bench_answers`), the files' formats
-(`bench_files`), the judge's prompts (`judge_prompts`), what scores add up to
-(`bench_scores`) or how a judge is reached (`judges`); the public names of the first four
-are here too. Source: Zheng et al. 2023, arXiv 2306.05685, and FastChat's
+Knows: how answers are put to a judge singly or in pairs, or to a reward model, and how
+that goes on after a kill. Does not know where answers come from (`bench_answers`), the
+files' formats (`bench_files`), the judge's prompts (`judge_prompts`), what scores add up
+to (`bench_scores`) or how a judge is reached (`judges`); the public names of the first
+four are here too. Source: Zheng et al. 2023, arXiv 2306.05685, and FastChat's
 `fastchat/llm_judge`.
 """
 
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from starling_lib.bench_answers import answer_questions
 from starling_lib.bench_files import (
     FAILED,
     MODELS,
+    REWARD,
     Answers,
     QuestionId,
     answer_row,
@@ -37,6 +40,7 @@ from starling_lib.bench_files import (
     read_judgments,
     read_questions,
     read_references,
+    turn_messages,
     write_answers,
     write_judgments,
 )
@@ -75,6 +79,7 @@ __all__ = [
     "read_questions",
     "read_references",
     "run_to_run",
+    "score_answers",
     "score_intervals",
     "score_table",
     "write_answers",
@@ -84,6 +89,9 @@ __all__ = [
 NEED_REFERENCE = ("math", "reasoning", "coding")
 # Draws of pass n are n − 1, n − 1 + 1000, …: passes can be added without asking again.
 MAX_PASSES = 1000
+
+# (prompts as messages, responses, whether each ended by itself) → one number each
+RewardFunction = Callable[[list[list[Message]], list[str], list[bool]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -262,10 +270,7 @@ class _Material:
             raise ValueError(f"passes: expected 1 to {MAX_PASSES}, got {passes}")
         first = [
             self._task(kind, question, models, turn)
-            for turn in (1, 2)
-            for models in sides
-            for question in self.questions
-            if turn == 1 or len(question["turns"]) == 2
+            for turn, models, question in _judged_turns(sides, self.questions)
         ]
         return [
             dataclasses.replace(task, number=number)
@@ -288,7 +293,8 @@ class _Material:
         for order in orders:
             shown = dict(fields)
             for name, model in zip(names, order, strict=True):
-                shown |= _numbered(name, self._turns(model, question, turn), turn)
+                said = _said(self.answers, model, question, turn)
+                shown |= _numbered(name, said, turn)
             user_prompts.append(prompt.user_prompt(shown))
         return _Task(
             kind, question["question_id"], models, turn, 1, prompt, tuple(user_prompts)
@@ -313,15 +319,30 @@ class _Material:
             )
         return prompt
 
-    def _turns(self, model: str, question: Row, turn: int) -> list[str]:
-        answer = self.answers[model].get(question["question_id"])
-        turns = [] if answer is None else answer_turns(answer)
-        if len(turns) < turn:
-            raise ValueError(
-                f"{model} has no answer to turn {turn} of question "
-                f"{question['question_id']!r}: answer it, or leave the question out"
-            )
-        return turns
+
+def _judged_turns(
+    sides: Sequence[tuple[str, ...]], questions: Sequence[Row]
+) -> Iterator[tuple[int, tuple[str, ...], Row]]:
+    """(turn, models, question) to be judged: first turns, and second ones of two."""
+    for turn in (1, 2):
+        for models in sides:
+            for question in questions:
+                if turn == 1 or len(question["turns"]) == 2:
+                    yield turn, models, question
+
+
+def _said(
+    answers: Mapping[str, Answers], model: str, question: Row, turn: int
+) -> list[str]:
+    """What a model said up to a turn. Raises ValueError where that is not there."""
+    answer = answers[model].get(question["question_id"])
+    turns = [] if answer is None else answer_turns(answer)
+    if len(turns) < turn:
+        raise ValueError(
+            f"{model} has no answer to turn {turn} of question "
+            f"{question['question_id']!r}: answer it, or leave the question out"
+        )
+    return turns[:turn]
 
 
 def _numbered(name: str, texts: Sequence[str], turn: int) -> dict[str, str]:
@@ -483,3 +504,142 @@ def _warn_of_failures(rows: Sequence[Row], tasks: Sequence[_Task]) -> None:
             f"{' and '.join(task.models)}: {reason} (retry_failed=True tries them again)",
             stacklevel=4,
         )
+
+
+# --- a reward model in the judge's place
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One turn of one model's answer, as a reward model reads it."""
+
+    model: str
+    question: Row
+    said: list[str]  # up to the turn that is scored
+    finished: bool
+
+    @property
+    def key(self) -> tuple:
+        return self.question["question_id"], (self.model,), len(self.said), 1
+
+    @property
+    def prompt(self) -> list[Message]:
+        return turn_messages(self.question, self.said[:-1])
+
+    def digest(self, name: str) -> str:
+        """What makes a score this run's: conversation, ending and reward model."""
+        read = [*self.prompt, {"role": "assistant", "content": self.said[-1]}]
+        return request_hash(name, read, {"finished": self.finished})
+
+    def row(self, name: str, score: float) -> Row:
+        """The score in the fields of a judgment, in which nothing was asked or said."""
+        return {
+            "question_id": self.question["question_id"],
+            "model": self.model,
+            "judge": [name, REWARD],
+            "user_prompt": "",
+            "judgment": "",
+            "score": score,
+            "turn": len(self.said),
+            "tstamp": time.time(),
+            "request_hash": self.digest(name),
+        }
+
+
+def score_answers(
+    answers: Mapping[str, Answers],
+    questions: Iterable[Mapping[str, Any]],
+    score: RewardFunction,
+    output: str | os.PathLike | None = None,
+    name: str = "reward model",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Let a reward model rate every answer that `judge_answers` would have judged.
+
+    A reward has a unit and a zero of its own: compare models by differences, and a
+    reward model with a judge by whom they prefer (`agreement.votes_from_scores`), never
+    by means.
+
+    Args:
+        answers, questions: as of `judge_answers`. Answers say by `finished` which turns
+            the token limit cut; without it all count as ended.
+        score: (prompts, responses, finished) → one reward each, as from
+            `partial(scoring.score_responses, model, tokenizer)` or `RewardJudge.score`.
+            The prompt of a second turn holds the first one and its answer.
+        output: `model_judgment/<name>_single.jsonl`, which gets the scores of a model's
+            turn together; the same call goes on after a kill.
+        name: of the judge. Other weights need another name, or old scores stand.
+
+    Returns:
+        One row an answer and turn as `judge_answers` gives them, with the reward in
+        `score` and "reward" in `prompt`; −1 is a score here, not a failure.
+
+    Raises:
+        ValueError: an answer is missing; `score` returns another number of figures, or
+            one that is not finite; an `output` that other texts or another judge made.
+    """
+    questions = list(questions_by_id(questions).values())
+    sides = [(model,) for model in answers]
+    turns = [
+        _scored(answers, model, question, turn)
+        for turn, (model,), question in _judged_turns(sides, questions)
+    ]
+    with open_journal(output) as journal:
+        known = {_key(row, "single"): row for row in journal.rows}
+        _check_scores_fit(known, turns, name, output)
+        lacking = [one for one in turns if one.key not in known]
+        done = len(turns) - len(lacking)
+        bar = tqdm(total=len(turns), initial=done, desc="scoring", disable=not progress)
+        with bar:
+            for _, part in itertools.groupby(
+                lacking, lambda one: (len(one.said), one.model)
+            ):
+                rows = _score_rows(list(part), score, name)
+                journal.append(*rows)
+                known |= {_key(row, "single"): row for row in rows}
+                bar.update(len(rows))
+    return judgment_frame([known[one.key] for one in turns], "single", questions)
+
+
+def _scored(
+    answers: Mapping[str, Answers], model: str, question: Row, turn: int
+) -> _Scored:
+    said = _said(answers, model, question, turn)
+    finished = answers[model][question["question_id"]].get("finished") or []
+    ended = finished[turn - 1] if len(finished) >= turn else True
+    return _Scored(model, question, said, bool(ended))
+
+
+def _check_scores_fit(
+    known: Mapping[tuple, Row], turns: Sequence[_Scored], name: str, output
+) -> None:
+    """Raise ValueError unless the scores kept by earlier runs belong to these texts."""
+    for one in turns:
+        row = known.get(one.key)
+        if row is not None and row.get("request_hash") != one.digest(name):
+            raise ValueError(
+                f"{output}: question {one.key[0]!r}, turn {len(one.said)}, of "
+                f"{one.model} was scored with another text or by another judge "
+                f"({row['judge'][0]!r}); name another output"
+            )
+
+
+def _score_rows(
+    turns: Sequence[_Scored], score: RewardFunction, name: str
+) -> list[Row]:
+    """The turns' judgments, all scored in one call. Raises ValueError."""
+    figures = score(
+        [one.prompt for one in turns],
+        [one.said[-1] for one in turns],
+        [one.finished for one in turns],
+    )
+    figures = [float(figure) for figure in figures]
+    if len(figures) != len(turns):
+        raise ValueError(f"{name} gave {len(figures)} scores for {len(turns)} answers")
+    for one, figure in zip(turns, figures, strict=True):
+        if not math.isfinite(figure):
+            raise ValueError(
+                f"{name} gave {figure} for {one.model}'s answer to question "
+                f"{one.key[0]!r}, turn {len(one.said)}: is the reward model broken?"
+            )
+    return [one.row(name, figure) for one, figure in zip(turns, figures, strict=True)]

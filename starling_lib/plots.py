@@ -1024,12 +1024,12 @@ def score_differences(differences: pd.DataFrame, unit: str = "points") -> Figure
         differences: index (a, b, part), columns `difference, low, high`.
         unit: of the scores.
     """
-    pairs = list(differences.index.droplevel(2).unique())
+    pairs = list(differences.groupby(level=[0, 1], sort=False))
     parts = list(differences.index.unique(2))[::-1]
     figure = new_figure(height=1.1 + 0.22 * len(parts) * (1 + 0.4 * (len(pairs) - 1)))
     ax = figure.subplots()
-    for i, (a, b) in enumerate(pairs):
-        part = differences.loc[(a, b)].reindex(parts)
+    for i, ((a, b), part) in enumerate(pairs):
+        part = part.droplevel([0, 1]).reindex(parts)
         shift = 0.5 * ((len(pairs) - 1) / 2 - i) / len(pairs)
         ends = _ends(part, "difference", "low", "high")
         style = {"fmt": "o", "capsize": 3, "color": CYCLE[i % len(CYCLE)]}

@@ -29,7 +29,7 @@ from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
 RECIPES = Path(__file__).with_suffix("")
 # Modules whose code decides the weights: a change in one makes artefacts anew.
 TRAINING_CODE = [
-    *("chat", "rankings", "models", "trunk", "prefix", "rollouts"),
+    *("chat", "rankings", "models", "trunk", "prefix", "generation", "rollouts"),
     *("losses", "scoring", "reward", "objectives", "actor_critic", "policy_rewards"),
     "apa",
 ]

@@ -7,7 +7,7 @@ run leaves the old one or the new one. Does not know: models, how scores came ab
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from starling_lib import metrics, plots
 from starling_lib.metrics import Matrix, as_array
+from starling_lib.report_files import plain, table_records, write_together
 
 
 def reward_report(
@@ -45,16 +46,16 @@ def reward_report(
     if math.isnan(figures["accuracy"]):
         raise ValueError("no prompt has two scored responses of different rank")
     tables = _tables(scores, lengths, sources, ranks, resamples)
-    report = {name: _records(table) for name, table in tables.items()}
+    report = {name: table_records(table) for name, table in tables.items()}
     report["metrics"] = {row.pop("metric"): row for row in report["metrics"]}
-    report |= {name: _plain(figures[name]) for name in ("nll", "ece")}
+    report |= {name: plain(figures[name]) for name in ("nll", "ece")}
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     picture = _picture(tables, figures, scores, lengths, ranks)
     writers = {
         "reward_report.png": lambda path: picture.savefig(path, dpi=150),
         "reward_report.json": lambda path: path.write_text(text, "utf-8"),
     }
-    _write_together(Path(output_dir), writers)
+    write_together(Path(output_dir), writers)
     return report
 
 
@@ -92,32 +93,3 @@ def _picture(tables, figures, scores, lengths, ranks) -> Figure:
     return plots.reward_report(
         tables["by_gap"], tables["calibration"], responses, rule, titles
     )
-
-
-# --- writing
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of a table as plain objects, with a named index as their first field."""
-    table = table if table.index.name is None else table.reset_index()
-    return [{k: _plain(v) for k, v in row.items()} for row in table.to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON has: NumPy numbers unwrapped, NaN and infinity as null."""
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_together(folder: Path, writers: dict[str, Callable[[Path], Any]]) -> None:
-    """Write files under passing names, and only when all are whole take their places."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f".{os.getpid()}-{name}" for name in writers}
-    try:
-        for name, write in writers.items():
-            write(partial[name])
-        for name, path in partial.items():
-            path.replace(folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)

@@ -4,25 +4,18 @@ Knows: prompts as messages, tokens, when a response ended. Does not know: what a
 means.
 """
 
-import contextlib
 import copy
 import dataclasses
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from starling_lib.generation import generate_rows, left_pad
 from starling_lib.models import inference
 
 Messages = list[dict[str, str]]
@@ -87,14 +80,6 @@ def encode_prompt(
     return ids[-max_length:] if max_length else ids
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token lists → (N, P) ids and bool mask, padded on the left."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(tensors, True, padding_value=pad_id, padding_side="left")
-    ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return ids, pad_sequence(ones, True, padding_value=False, padding_side="left")
-
-
 def sample(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -124,10 +109,11 @@ def sample(
         torch.manual_seed(seed)
         policy = half_precision_copy(policy)
         for batch in tqdm(batches, "sampling", disable=not progress, leave=False):
-            rows = _generate(
+            rows = generate_rows(
                 policy,
-                tokenizer,
                 [encoded[i] for i in batch],
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
                 max_new_tokens,
                 temperature,
             )
@@ -159,26 +145,6 @@ def given_responses(
     )
 
 
-class InverseSampling(LogitsProcessor):
-    """Draws from softmax(logits / T) by its inverse distribution function.
-
-    One uniform number a row, then `generate` takes the only token left. Its own sampler
-    draws an exponential number for every word of the vocabulary, which on a CPU takes a
-    large share of every step.
-    """
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probabilities = (scores.double() / self.temperature).softmax(-1)
-        cumulative = probabilities.cumsum(-1)
-        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
-        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        token = token.clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-
 def half_precision_copy(policy: PreTrainedModel) -> PreTrainedModel:
     """On a CPU with fast bf16, a bf16 copy of a float32 policy; else the policy itself.
 
@@ -189,47 +155,6 @@ def half_precision_copy(policy: PreTrainedModel) -> PreTrainedModel:
     if not torch.is_autocast_enabled("cpu"):
         return policy
     return copy.deepcopy(policy).to(torch.get_autocast_dtype("cpu"))
-
-
-def _generate(policy, tokenizer, encoded, max_new_tokens, temperature):
-    """One batch through `generate`; token lists cut after the first EOS."""
-    ids, mask = left_pad(encoded, tokenizer.pad_token_id)
-    ids, mask = ids.to(policy.device), mask.to(policy.device)
-    draw = LogitsProcessorList(
-        [InverseSampling(temperature)] if temperature > 0 else []
-    )
-    with warnings.catch_warnings(), _plain_generation(policy):
-        warnings.simplefilter("ignore")
-        out = policy.generate(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=False,  # the processor has already drawn
-            logits_processor=draw,
-        )
-    rows = out[:, ids.shape[1] :].tolist()
-    return [_until(row, tokenizer.eos_token_id) for row in rows]
-
-
-@contextlib.contextmanager
-def _plain_generation(policy: PreTrainedModel) -> Iterator[None]:
-    """Put the model's own generation settings away for the enclosed lines.
-
-    `generate` adds them to what it is given: a repetition penalty or a minimum length of
-    the published model would make the sampler another distribution than the policy.
-    """
-    published = policy.generation_config
-    policy.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        policy.generation_config = published
-
-
-def _until(ids: list[int], eos: int) -> list[int]:
-    return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
 def _rollout(tokenizer, prompts, encoded, responses) -> Rollout:

@@ -85,7 +85,8 @@ def paired_difference(
     `a` and `b` have shape (N,), measured on the same items. Under "no difference" the
     sign of each pair's difference is arbitrary, so signs are flipped at random (all
     2^G ways when that is no more than `resamples`); with `groups` the pairs of a group
-    keep one common sign. Raises ValueError on unequal lengths.
+    keep one common sign. A single group proves nothing: p is 1, the ends are NaN.
+    Raises ValueError on unequal lengths.
     """
     a, b = _vector(a), _vector(b)
     if len(a) != len(b):
@@ -93,6 +94,8 @@ def paired_difference(
     difference = a - b
     interval = bootstrap_interval(difference, np.mean, groups, level, resamples, seed)
     sums = np.bincount(_group_codes(len(a), groups), weights=difference)
+    if len(sums) < 2:  # SciPy refuses one group; both its signs are as far from 0
+        return PairedDifference(*interval, 1.0)
     test = stats.permutation_test(
         (sums,),
         np.sum,

@@ -1,5 +1,6 @@
 import copy
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,27 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the development data set beside the repository")
     return folder
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start a `chat_server.Server` that says `say(body, count)`."""
+    from chat_server import Server
+
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    servers = []
+
+    def start(say):
+        servers.append(Server(say))
+        threading.Thread(
+            target=servers[-1].serve_forever, args=(0.01,), daemon=True
+        ).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 # --- the random two-layer model; heavy imports wait until a test asks for it

@@ -18,6 +18,8 @@ from starling_lib.agreement import (
     verbosity_attack,
     votes_from_scores,
 )
+from starling_lib.bench_files import judgment_frame
+from starling_lib.win_rates import pairwise_table
 
 WINNERS = ["model_a", "model_b", "tie", "error"]
 
@@ -216,6 +218,49 @@ def test_scores_become_votes():
     expected = ["model_a", "tie", "model_b", "error", "tie"]
     assert made.sort_values("question_id").winner.tolist() == expected
     assert votes_from_scores(scored(a=[1], b=[2]), tie_delta=1).winner.item() == "tie"
+
+
+def judged(model, scores, number=1, **changes):
+    """Single judgments as FastChat has them, one a question."""
+    row = {"model": model, "judge": ["gpt-4", "single-v1"], "turn": 1, "pass": number}
+    row |= {"user_prompt": "", "judgment": "", "tstamp": 0.0} | changes
+    return [row | {"question_id": i, "score": s} for i, s in enumerate(scores, 1)]
+
+
+def test_single_judgments_become_pairs_by_fastchats_rule():
+    """Question 4 failed for b, and 5 has one answer only."""
+    rows = judged("b", [5, 6, 7.0, -1, 3]) + judged("a", [6, 5, 7.05, 9])
+    made = votes_from_scores(judgment_frame(rows, "single", ()))
+    assert set(made.model_a) == {"a"} and set(made.model_b) == {"b"}
+    assert set(made.rater) == {"gpt-4"} and set(made["pass"]) == {1}
+    assert made.winner.tolist() == ["model_a", "model_b", "tie", "error"]
+    wins = pairwise_table(made.assign(order=0)).loc["a"]
+    assert wins[["win", "loss", "tie", "error"]].tolist() == [1, 1, 1, 1]
+    finer = votes_from_scores(judgment_frame(rows, "single", ()), tie_delta=0.01)
+    assert finer.winner.tolist() == ["model_a", "model_b", "model_a", "error"]
+
+
+def test_minus_one_is_a_failure_of_a_judge_and_a_score_of_a_reward_model():
+    rows = judged("a", [-1, -1]) + judged("b", [-3, 2])
+    winners = [
+        votes_from_scores(judgment_frame(rows, "single", ())).winner.tolist()
+        for rows in (rows, [row | {"judge": ["rm", "reward"]} for row in rows])
+    ]
+    assert winners == [["error", "error"], ["model_a", "model_b"]]
+
+
+def test_passes_vote_each_for_itself():
+    rows = [
+        row
+        for number, scores in enumerate([(5, 6), (6, 5)], 1)
+        for model, score in zip("ab", scores, strict=True)
+        for row in judged(model, [score], number)
+    ]
+    made = votes_from_scores(judgment_frame(rows, "single", ()))
+    assert made[["pass", "winner"]].to_numpy().tolist() == [
+        [1, "model_b"],
+        [2, "model_a"],
+    ]
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), max_size=5))

@@ -22,9 +22,10 @@ from starling_lib.apa import (
     checked_scores,
     fitting_prompts,
 )
+from starling_lib.generation import left_pad
 from starling_lib.models import ValueHead, tiny_model
 from starling_lib.reward import score_responses
-from starling_lib.rollouts import left_pad, sample, sequence_logprobs
+from starling_lib.rollouts import sample, sequence_logprobs
 
 pytestmark = pytest.mark.usefixtures("fp32")
 

@@ -10,12 +10,11 @@ import signal
 import string
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling_lib import bench_files, evaluation
+from starling_lib.agreement import agreement_table, votes_from_scores
 from starling_lib.bench_files import judgment_frame
 from starling_lib.judges import JudgeError, OpenAIJudge, Reply
 from starling_lib.mt_bench import (
@@ -42,14 +42,14 @@ from starling_lib.mt_bench import (
     read_questions,
     read_references,
     run_to_run,
+    score_answers,
     score_intervals,
     score_table,
-    single_as_pairs,
-    win_table,
     write_answers,
     write_judgments,
 )
 from starling_lib.responders import Responder
+from starling_lib.win_rates import games_from_judgments, pairwise_table, resolve_swaps
 
 ROOT = Path(__file__).resolve().parents[1]
 FAILED = pytest.mark.filterwarnings("ignore:.*judgments failed")
@@ -537,6 +537,19 @@ def test_score_table_by_hand():
     assert "writing" not in score_table(frame.drop(columns="category"))
 
 
+def test_a_rating_that_failed_and_a_reward_of_minus_one():
+    rows = [
+        single(1, "a", 1, -1),
+        single(2, "a", 1, -1, error="no rating"),
+        single(3, "a", 1, -1, judge=["gpt-4", "reward"]),
+        single(4, "a", 1, 5),
+    ]
+    frame = singles(*rows)
+    assert frame["error"].notna().tolist() == [True, True, False, False]
+    assert "no reason" in frame["error"][0] and frame["error"][1] == "no rating"
+    assert score_table(frame).loc["a", ["overall", "failed"]].tolist() == [2, 2]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(SINGLE, min_size=1, max_size=12))
 def test_score_table_follows_show_results_rules(rows):
@@ -569,76 +582,11 @@ def test_real_judgments_give_the_published_scores(shared_data):
 def test_judges_are_not_mixed_and_nothing_is_no_table():
     other = single(2, "a", 1, 7, judge=["claude", "single-v1"])
     frame = singles(single(1, "a", 1, 7), other)
-    for function in (score_table, score_intervals, run_to_run, single_as_pairs):
+    for function in (score_table, score_intervals, run_to_run):
         with pytest.raises(ValueError, match=r"several judges \(claude, gpt-4\)"):
             function(frame)
         with pytest.raises(ValueError, match="no judgments"):
             function(frame[:0])
-
-
-DUEL = [
-    pair(1, "a", "b", "model_1", "model_1"),
-    pair(2, "a", "b", "model_2", "model_2"),
-    pair(3, "a", "b", "model_1", "model_2"),
-    pair(4, "a", "b", "tie", "tie"),
-    pair(5, "a", "b", "model_1", "tie"),
-    pair(6, "a", "b", "error", "model_1"),
-    pair(7, "b", "c", "model_1", "model_1"),
-    pair(8, "a", "c", "model_2", "error"),
-]
-
-
-def test_win_table_by_hand():
-    table = win_table(pairs(*DUEL))
-    assert list(table.index) == ["b", "a", "c"]
-    assert list(table) == [
-        *("win", "loss", "tie", "win_rate", "loss_rate", "win_rate_adjusted", "failed")
-    ]
-    np.testing.assert_allclose(
-        table.to_numpy(float),
-        [
-            [2, 1, 3, 2 / 6, 1 / 6, 3.5 / 6, 1],
-            [1, 1, 3, 0.2, 0.2, 0.5, 2],
-            [0, 1, 0, 0, 1, 0, 1],
-        ],
-    )
-
-
-def test_win_table_against_a_baseline():
-    table = win_table(pairs(*DUEL), baseline="b")
-    assert list(table.index) == ["a", "c"]
-    assert table.loc["a", ["win", "loss", "tie", "failed"]].tolist() == [1, 1, 3, 1]
-    assert table.loc["c", ["win", "loss", "tie", "failed"]].tolist() == [0, 1, 0, 0]
-    with pytest.raises(ValueError, match="no judgment has the model 'd'"):
-        win_table(pairs(*DUEL), baseline="d")
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.lists(PAIR, min_size=1, max_size=10))
-def test_wins_and_losses_balance(rows):
-    table = win_table(pairs(*rows))
-    counted = [r for r in rows if "error" not in (r["g1_winner"], r["g2_winner"])]
-    assert table["win"].sum() == table["loss"].sum()
-    assert table[["win", "loss", "tie"]].to_numpy().sum() == 2 * len(counted)
-    assert table["failed"].sum() == 2 * (len(rows) - len(counted))
-
-
-def test_single_scores_as_pairs():
-    frame = singles(
-        *[single(i, "b", 1, score) for i, score in enumerate([5, 6, 7.0, -1, 3], 1)],
-        *[single(i, "a", 1, score) for i, score in enumerate([6, 5, 7.05, 9], 1)],
-        questions=[question(i) for i in range(1, 6)],
-    )
-    outcome = single_as_pairs(frame)
-    assert set(outcome["model_1"]) == {"a"} and set(outcome["model_2"]) == {"b"}
-    winners = ["model_1", "model_2", "tie", "error"]  # question 5 has one answer only
-    assert outcome["g1_winner"].tolist() == outcome["g2_winner"].tolist() == winners
-    assert set(outcome["category"]) == {"writing"}
-    assert win_table(outcome).loc["a", ["win", "loss", "tie"]].tolist() == [1, 1, 1]
-    none = single_as_pairs(frame, tie_delta=0.01)["g1_winner"]
-    assert none.tolist() == ["model_1", "model_2", "model_1", "error"]
-    with pytest.raises(ValueError, match="one model only"):
-        single_as_pairs(frame[frame["model"] == "a"])
 
 
 # --- how sure
@@ -958,6 +906,122 @@ def test_nothing_to_judge():
     assert judged(Scripted(rate), []).empty
 
 
+# --- a reward model in the judge's place
+
+
+def by_length(prompts, responses, finished):
+    return [float(len(text)) for text in responses]
+
+
+def rewarded(score, questions, models=("a", "b"), output=None, **options):
+    answers = {model: answers_of(model, questions) for model in models}
+    return score_answers(answers, questions, score, output, progress=False, **options)
+
+
+def test_a_reward_model_reads_the_conversation_up_to_each_turn():
+    seen = []
+
+    def score(prompts, responses, finished):
+        seen.extend(zip(prompts, responses, finished, strict=True))
+        return [0.5 * i for i in range(len(responses))]
+
+    answers = {"a": answers_of("a", QUESTIONS)}
+    answers["a"][1]["finished"] = [True, False]
+    frame = score_answers(answers, QUESTIONS, score, name="rm", progress=False)
+    assert [prompt[-1]["content"] for prompt, *_ in seen[:2]] == [
+        "q1 turn 1?",
+        "q2 turn 1?",
+    ]
+    first = [{"role": "user", "content": "q1 turn 1?"}]
+    said = {"role": "assistant", "content": "a on q1 turn 1?"}
+    asked = {"role": "user", "content": "q1 turn 2?"}
+    assert seen[0] == (first, "a on q1 turn 1?", True)
+    assert seen[6] == ([*first, said, asked], "a on q1 turn 2?", False)
+    assert list(frame["score"]) == [0.5 * i for i in [*range(6), *range(5)]]
+    judged_frame = judged(Scripted(rate), QUESTIONS, ["a"])
+    assert list(frame) == list(judged_frame)
+    same = ["question_id", "category", "model", "turn", "pass"]
+    pd.testing.assert_frame_equal(frame[same], judged_frame[same])
+    assert set(frame["judge"]) == {"rm"} and set(frame["prompt"]) == {"reward"}
+    assert frame["error"].isna().all()
+
+
+def test_rewards_of_minus_one_are_kept_and_come_back(tmp_path):
+    path = tmp_path / "rm_single.jsonl"
+    frame = rewarded(lambda p, r, f: [-1] * len(r), QUESTIONS[:2], output=path)
+    assert score_table(frame)["overall"].tolist() == [-1, -1]
+    read = read_judgments(path, QUESTIONS)
+    pd.testing.assert_frame_equal(read, frame, check_dtype=False)
+    write_judgments(frame, path)
+    assert read_judgments(path)["error"].isna().all()
+
+
+def test_rewards_are_asked_for_once(tmp_path):
+    path, calls = tmp_path / "rm_single.jsonl", []
+
+    def score(prompts, responses, finished):
+        calls.append(len(responses))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return by_length(prompts, responses, finished)
+
+    with pytest.raises(KeyboardInterrupt):
+        rewarded(score, QUESTIONS, output=path)
+    frame = rewarded(score, QUESTIONS, output=path)
+    assert calls == [6, 6, 5, 5, 5], "by model and turn; only what was lost again"
+    expected = rewarded(by_length, QUESTIONS)
+    assert frame["score"].tolist() == expected["score"].tolist()
+    rewarded(score, QUESTIONS, output=path)
+    assert len(calls) == 5
+    with pytest.raises(ValueError, match="by another judge.*name another output"):
+        rewarded(score, QUESTIONS, output=path, name="other")
+    reworded = [question(1) | {"turns": ["else?", "?"]}]
+    with pytest.raises(ValueError, match="question 1, turn 1, of a was scored with"):
+        rewarded(score, reworded, output=path)
+
+
+@pytest.mark.parametrize(
+    ("figures", "problem"),
+    [([1.0], "gave 1 scores for 2"), ([1.0, math.nan], "gave nan for a's answer to")],
+)
+def test_rewards_that_are_none_are_named(figures, problem):
+    two = [question(1, turns=1), question(2, turns=1)]
+    with pytest.raises(ValueError, match=problem):
+        rewarded(lambda *_: figures, two, ["a"])
+    with pytest.raises(ValueError, match="a has no answer to turn 1 of question 9"):
+        score_answers({"a": {}}, [question(9)], by_length, progress=False)
+
+
+def test_a_reward_model_and_a_judge_are_compared_by_whom_they_prefer():
+    """The judge rates by length too, so the two agree wherever lengths differ."""
+    questions = [question(i, turns=1) for i in range(4)]
+    answers = {model: answers_of(model, questions) for model in ("a", "bb")}
+    answers["a"][3]["choices"][0]["turns"] = ["long " * 9]
+    judge = Scripted(
+        lambda prompt, draw: "[[9]]" if re.search("bb on|long", prompt) else "[[3]]"
+    )
+    ratings = judge_answers(answers, questions, judge, progress=False)
+    rewards = score_answers(answers, questions, by_length, progress=False)
+    table = agreement_table(
+        votes_from_scores(ratings), votes_from_scores(rewards, tie_delta=0)
+    )
+    row = table.set_index("ties").loc["without"]
+    assert (row["n"], row["agreement"]) == (3, 1), "both 9 on question 3: a tie"
+    with pytest.raises(ValueError, match="several judges"):
+        score_table(pd.concat([ratings, rewards]))
+
+
+def test_a_real_reward_model_scores_as_it_does_alone(reward_model, tokenizer, fp32):
+    from starling_lib.scoring import score_responses
+
+    asked = [question(1), question(2, turns=1)]
+    score = partial(score_responses, reward_model, tokenizer)
+    frame = rewarded(score, asked, ["a"])
+    prompt = [{"role": "user", "content": "q2 turn 1?"}]
+    alone = score([prompt], ["a on q2 turn 1?"]).item()
+    assert frame.set_index("question_id").loc[2, "score"] == pytest.approx(alone, 1e-4)
+
+
 # --- judging in pairs
 
 
@@ -992,7 +1056,7 @@ def test_both_orders_name_the_model_not_the_place():
     assert set(frame["prompt"]) == {
         *("pair-v2", "pair-v2-multi-turn", "pair-math-v1", "pair-math-v1-multi-turn")
     }
-    table = win_table(frame)
+    table = pairwise_table(games_from_judgments(frame))
     assert table.loc["a", "win_rate"] == 1 and table.loc["b", "tie"] == 11
 
 
@@ -1008,7 +1072,7 @@ def test_a_judge_that_loves_the_first_place_makes_only_ties():
     frame = paired(Scripted(lambda prompt, draw: "[[A]]"), QUESTIONS, "ab")
     assert set(frame["g1_winner"]) == {"model_1"}
     assert set(frame["g2_winner"]) == {"model_2"}
-    assert win_table(frame).loc["a", "tie"] == len(frame)
+    assert set(resolve_swaps(games_from_judgments(frame))["winner"]) == {"tie"}
 
 
 def test_a_baseline_is_the_second_model():
@@ -1036,83 +1100,17 @@ def test_one_game_that_cannot_be_read_is_an_error_of_its_own(tmp_path):
     }
     assert list(frame["error"]) == ["different verdicts: A, B"] * 2
     assert len(judge.asked) == 2 * (1 + 3), "only the game that failed is asked again"
-    assert win_table(frame)["failed"].tolist() == [2, 2]
+    assert set(resolve_swaps(games_from_judgments(frame))["winner"]) == {"error"}
     ill = False
     frame = paired(judge, QUESTIONS[:1], "ab", path, retry_failed=True)
     assert set(frame["g2_winner"]) == {"model_1"}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    fields = list(DUEL[0])
+    fields = list(pair(1, "a", "b", "tie", "tie"))
     assert len(rows) == 4 and all(list(row)[: len(fields)] == fields for row in rows)
     assert len(read_judgments(path, kind="pair")) == 2
 
 
 # --- a server that stalls, limits, cuts off and lies
-
-
-class Server(ThreadingHTTPServer):
-    """Chat completions on a free port.
-
-    `say(body, count)` is asked for the count-th time about the same messages and gives
-    a text, or (status, body), or bytes that are sent with too great a length.
-    """
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, say):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.say, self.bodies, self.lock = say, [], threading.Lock()
-        self.asked: Counter[str] = Counter()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, address):
-        """A client that hung up or was killed is what these tests are about."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        key = json.dumps(body["messages"])
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.asked[key] += 1
-            count = self.server.asked[key]
-        said = self.server.say(body, count)
-        status, content, length = 200, said, None
-        if isinstance(said, tuple):
-            status, content = said
-        elif isinstance(said, bytes):
-            length = len(said) + 1000
-        else:
-            message = {"role": "assistant", "content": said}
-            choice = {"index": 0, "finish_reason": "stop", "message": message}
-            content = json.dumps({"choices": [choice]}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(length or len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    servers = []
-
-    def start(say):
-        servers.append(Server(say))
-        threading.Thread(
-            target=servers[-1].serve_forever, args=(0.01,), daemon=True
-        ).start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def honest(body, count):

@@ -76,6 +76,26 @@ def test_radar_closes_each_polygon():
     assert ax.get_ylim() == (0, 10)
 
 
+def test_differences_stand_by_part_beside_zero():
+    parts = pd.DataFrame(
+        {"difference": [1, -2], "low": [0, -4], "high": [2, np.nan]},
+        index=pd.Index(["writing", "overall"], name="part"),
+    )
+    tables = {("new", "old"): parts, ("third", "old"): parts[:1] + 5}
+    table = pd.concat(tables, names=["a", "b"])
+    figure = drawn(plots.score_differences(table, "reward"))
+    (ax,) = figure.axes
+    assert texts(ax.get_yticklabels()) == ["overall", "writing"]
+    assert texts(figure.legends[0].get_texts()) == ["new − old", "third − old"]
+    first, second = (container.lines[0] for container in ax.containers)
+    assert first.get_xdata().tolist() == [-2, 1]
+    assert np.isnan(second.get_xdata()[0]) and second.get_xdata()[1] == 6
+    (ends,) = ax.containers[1].lines[2][0].get_segments()[1:]
+    assert ends[:, 0].tolist() == [5, 7]
+    assert first.get_ydata()[1] > second.get_ydata()[1], "the first stands on top"
+    assert ax.get_xlabel() == "difference (reward)"
+
+
 def outcomes(consistent, first, second, error=0.0, ends=None):
     shares = {
         "consistent": consistent,

@@ -14,11 +14,11 @@ from transformers import (
     LlamaConfig,
 )
 
-from starling_lib import rollouts
+from starling_lib import generation, rollouts
+from starling_lib.generation import left_pad
 from starling_lib.rollouts import (
     Rollout,
     encode_prompt,
-    left_pad,
     predicting_states,
     response_inputs,
     sample,
@@ -46,12 +46,13 @@ def with_logits(policy, logits):
 
 
 def scripted(policy, rows, monkeypatch):
-    """The policy with a `generate` that appends `rows` to its prompts."""
+    """The policy with a `generate` that appends `rows` to its prompts, then stops."""
 
     def generate(input_ids, **kwargs):
         return torch.cat([input_ids, torch.tensor(rows)], 1)
 
     monkeypatch.setattr(policy, "generate", generate)
+    monkeypatch.setattr(generation, "CHUNK", 64)
     return policy
 
 
@@ -74,12 +75,6 @@ def test_encode_prompt_adds_no_second_bos(tokenizer):
     )
     ids = encode_prompt(tokenizer, PROMPTS[1])
     assert ids == expected and ids[:2] == [tokenizer.bos_token_id] * 2  # BOS, then mark
-
-
-def test_left_pad_by_hand():
-    ids, mask = left_pad([[5, 6, 7], [8]], pad_id=9)
-    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert mask.tolist() == [[True] * 3, [False, False, True]]
 
 
 # --- sampling

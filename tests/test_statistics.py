@@ -125,3 +125,10 @@ def test_kendall_tau_counts_pairs(a, b):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_group_proves_nothing():
+    for pairs, groups in [(([3.0], [1.0]), None), (([3, 4], [1, 2]), ["x", "x"])]:
+        found = paired_difference(*pairs, groups)
+        assert found.difference == 2 and found.p_value == 1
+        assert np.isnan([found.low, found.high]).all()

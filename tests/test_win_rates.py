@@ -214,6 +214,95 @@ def test_table_against_counting(drawn, baseline, shuffle):
     )
 
 
+DUEL = [  # question, the two models, who won each game; as in a file of FastChat's
+    (1, "a", "b", "model_1", "model_1"),
+    (2, "a", "b", "model_2", "model_2"),
+    (3, "a", "b", "model_1", "model_2"),
+    (4, "a", "b", "tie", "tie"),
+    (5, "a", "b", "model_1", "tie"),
+    (6, "a", "b", "error", "model_1"),
+    (7, "b", "c", "model_1", "model_1"),
+    (8, "a", "c", "model_2", "error"),
+]
+
+
+def pair_file(rows, **columns):
+    names = ["question_id", "model_1", "model_2", "g1_winner", "g2_winner"]
+    return pd.DataFrame(rows, columns=names).assign(**columns)
+
+
+def show_result(rows, baseline=None):
+    """FastChat's counting, one row of the file after the other."""
+    counts = {}
+    for _, one, two, first, second in rows:
+        if "error" in (first, second) or baseline not in (None, one, two):
+            continue
+        for model in (one, two):
+            counts.setdefault(model, {"win": 0, "loss": 0, "tie": 0})
+        if first == second and first != "tie":
+            winner, loser = (one, two) if first == "model_1" else (two, one)
+            counts[winner]["win"] += 1
+            counts[loser]["loss"] += 1
+        else:
+            for model in (one, two):
+                counts[model]["tie"] += 1
+    counts.pop(baseline, None)
+    for model, row in counts.items():
+        n = sum(row.values())
+        rates = row["win"] / n, row["loss"] / n, (row["win"] + row["tie"] / 2) / n
+        names = ["win_rate", "loss_rate", "adjusted_win_rate"]
+        counts[model] |= dict(zip(names, rates, strict=True))
+    return counts
+
+
+def check_as_show_result(rows, baseline=None):
+    table = pairwise_table(games_from_judgments(pair_file(rows)), baseline)
+    expected = pd.DataFrame.from_dict(show_result(rows, baseline), orient="index")
+    counted = table[table["n"] > 0]
+    assert set(counted.index) == set(expected.index)
+    for model in counted.index:
+        assert counted.loc[model, expected.columns].tolist() == pytest.approx(
+            expected.loc[model].tolist()
+        )
+
+
+def test_a_file_of_fastchats_by_hand():
+    table = pairwise_table(games_from_judgments(pair_file(DUEL, judge="gpt-4")))
+    assert list(table.index) == ["b", "a", "c"]
+    columns = ["win", "loss", "tie", "win_rate", "loss_rate", "adjusted_win_rate"]
+    np.testing.assert_allclose(
+        table[[*columns, "error"]].to_numpy(float),
+        [
+            [2, 1, 3, 2 / 6, 1 / 6, 3.5 / 6, 1],
+            [1, 1, 3, 0.2, 0.2, 0.5, 2],
+            [0, 1, 0, 0, 1, 0, 1],
+        ],
+    )
+    against_b = pairwise_table(games_from_judgments(pair_file(DUEL)), "b")
+    counts = against_b[["win", "loss", "tie", "error"]]
+    assert counts.T.to_dict("list") == {"a": [1, 1, 3, 1], "c": [0, 1, 0, 0]}
+    for baseline in (None, "a", "b", "c"):
+        check_as_show_result(DUEL, baseline)
+
+
+names_of_two = st.sampled_from(list(itertools.permutations("abc", 2)))
+game = st.sampled_from(["model_1", "model_2", "tie", "error"])
+
+
+@given(st.lists(st.tuples(names_of_two, game, game), min_size=1, max_size=8))
+@settings(max_examples=10, deadline=None)
+def test_wins_are_counted_as_show_result_counts_them(drawn):
+    rows = [(i, *models, *winners) for i, (models, *winners) in enumerate(drawn)]
+    check_as_show_result(rows)
+    check_as_show_result(rows, baseline=rows[0][1])
+
+
+def test_games_of_several_judges_are_not_counted_together():
+    both = pd.concat([pair_file(DUEL, judge=judge) for judge in ("gpt-4", "claude")])
+    with pytest.raises(ValueError, match=r"several judges \(claude, gpt-4\)"):
+        pairwise_table(games_from_judgments(both))
+
+
 def test_a_model_whose_judgments_all_failed_has_no_rate():
     table = pairwise_table(games((1, "error", "error"), (2, "tie", "error")))
     assert table.n.tolist() == [0, 0] and table.error.tolist() == [2, 2]

@@ -21,11 +21,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from starling_lib import rollouts
+from starling_lib import generation
 from starling_lib.apa import APAConfig, APATrainer
+from starling_lib.generation import InverseSampling
 from starling_lib.models import load_policy, load_reward_model, load_tokenizer
 from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
-from starling_lib.rollouts import InverseSampling
 
 STAGES = ("sampling", "scoring", "update", "step", "saving", "disk")
 
@@ -121,7 +121,7 @@ def apa_run(options, death: Death) -> APATrainer:
                 death.strike("sampling")
             return super().__call__(input_ids, scores)
 
-    rollouts.InverseSampling = DyingSampling
+    generation.InverseSampling = DyingSampling
     args = APAConfig.paper(
         output_dir=options.output_dir,
         per_device_train_batch_size=options.batch,

@@ -160,8 +160,9 @@ def sampling(plain: bool, responses: int) -> float:
     """Seconds of one batch: `rollouts.sample`, or `generate` as one would call it."""
     import torch
 
+    from starling_lib.generation import left_pad
     from starling_lib.models import inference, load_policy, load_tokenizer
-    from starling_lib.rollouts import encode_prompt, left_pad, sample
+    from starling_lib.rollouts import encode_prompt, sample
 
     policy, tokenizer = load_policy(MODEL), load_tokenizer(MODEL)
     asked = prompts(responses)["prompt"]

@@ -1,0 +1,175 @@
+"""Token lists in, sampled token lists out: one batch, as few wasted FLOPs as possible.
+
+`generate` does the steps. Around it, three things that it does not do: prompts are read
+in groups of like length, so that short ones are not padded to the longest; equal prompts
+are read once; rows that have ended leave the batch.
+
+Knows: tokens, key-value caches. Does not know: text, rewards.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
+
+# A group's shortest prompt has at least this share of its longest one's tokens.
+LIKE_LENGTH = 0.8
+# Tokens between two looks at which rows have ended: dropping rows copies the cache.
+CHUNK = 16
+
+
+class InverseSampling(LogitsProcessor):
+    """Draws from softmax(logits / T) by its inverse distribution function.
+
+    One uniform number a row, then `generate` takes the only token left. Its own sampler
+    draws an exponential number for every word of the vocabulary, which on a CPU takes a
+    large share of every step.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = (scores.double() / self.temperature).softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        token = token.clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token lists → (N, P) ids and bool mask, padded on the left."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, True, padding_value=pad_id, padding_side="left")
+    ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return ids, pad_sequence(ones, True, padding_value=False, padding_side="left")
+
+
+def generate_rows(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    eos_id: int,
+    pad_id: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[int]]:
+    """One response a prompt: token lists, cut after the first EOS or at the limit.
+
+    temperature = 0 is greedy. Random numbers are torch's own: seed them before.
+    """
+    draw = [InverseSampling(temperature)] if temperature > 0 else []
+    ids, mask = (x.to(policy.device) for x in left_pad(prompts, pad_id))
+    rows: list[list[int]] = [[] for _ in prompts]
+    alive, cache = torch.arange(len(prompts)), read_prompts(policy, prompts, pad_id)
+    with warnings.catch_warnings(), plain_generation(policy):
+        warnings.simplefilter("ignore")
+        for done in range(0, max_new_tokens, CHUNK):
+            out = policy.generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                past_key_values=cache,
+                max_new_tokens=min(CHUNK, max_new_tokens - done),
+                eos_token_id=eos_id,
+                pad_token_id=pad_id,
+                do_sample=False,  # the processor has already drawn
+                logits_processor=LogitsProcessorList(draw),
+            )
+            new = out[:, ids.shape[1] :]
+            for i, row in zip(alive.tolist(), new.tolist(), strict=True):
+                rows[i] += _until(row, eos_id)
+            going = (new != eos_id).all(1).nonzero().squeeze(1)
+            if len(going) == 0:
+                break
+            mask = torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)[going]
+            ids, alive = out[going], alive[going.cpu()]
+            if len(going) < len(out):
+                cache.batch_select_indices(going)
+    return rows
+
+
+def _until(ids: list[int], eos: int) -> list[int]:
+    return ids[: ids.index(eos) + 1] if eos in ids else ids
+
+
+def read_prompts(
+    policy: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+) -> DynamicCache:
+    """The cache of all prompts but their last tokens, rows padded on the left.
+
+    Empty, for `generate` to fill, where layers keep other things than keys and values of
+    every token (sliding windows).
+    """
+    cache = DynamicCache(config=policy.config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return cache
+    width = max(map(len, prompts)) - 1
+    heads = sorted({tuple(row[:-1]) for row in prompts}, key=len)
+    if width == 0 or len(heads[0]) == 0:
+        return cache
+    parts = [_read_group(policy, group, pad_id, width) for group in like_lengths(heads)]
+    place = {head: i for i, head in enumerate(heads)}
+    rows = torch.tensor([place[tuple(row[:-1])] for row in prompts]).to(policy.device)
+    for layer in range(len(parts[0].layers)):
+        keys, values = (
+            torch.cat([getattr(part.layers[layer], name) for part in parts])[rows]
+            for name in ("keys", "values")
+        )
+        cache.update(keys, values, layer)
+    return cache
+
+
+def like_lengths(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Rows sorted by length, in groups that need little padding."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        full = end == len(rows) or len(rows[start]) < LIKE_LENGTH * len(rows[end])
+        if full:
+            yield list(rows[start:end])
+            start = end
+
+
+def _read_group(policy, rows, pad_id: int, width: int) -> DynamicCache:
+    """One forward of the trunk; its cache, padded on the left to `width`."""
+    ids, mask = (x.to(policy.device) for x in left_pad(rows, pad_id))
+    cache = DynamicCache(config=policy.config)
+    policy.base_model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    for layer in cache.layers:
+        missing = (0, 0, width - ids.shape[1], 0)
+        layer.keys, layer.values = (
+            F.pad(x, missing) for x in (layer.keys, layer.values)
+        )
+    return cache
+
+
+@contextlib.contextmanager
+def plain_generation(policy: PreTrainedModel) -> Iterator[None]:
+    """Put the model's own generation settings away for the enclosed lines.
+
+    `generate` adds them to what it is given: a repetition penalty or a minimum length of
+    the published model would make the sampler another distribution than the policy.
+    """
+    published = policy.generation_config
+    policy.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        policy.generation_config = published

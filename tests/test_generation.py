@@ -1,0 +1,136 @@
+"""Grouped prompts, ended rows, equal prompts: the same tokens as one prompt at a time."""
+
+import pytest
+import torch
+from conftest import mistral
+from hypothesis import given
+from hypothesis import strategies as st
+
+from starling_lib import generation
+from starling_lib.generation import (
+    generate_rows,
+    left_pad,
+    like_lengths,
+    read_prompts,
+)
+
+pytestmark = pytest.mark.usefixtures("fp32")
+
+EOS, PAD = 2, 0
+LENGTHS = (3, 4, 9, 30, 31, 30)
+
+
+@pytest.fixture
+def lively(policy):
+    """A policy whose greedy text differs between prompts."""
+    for weight in policy.model.layers.parameters():
+        weight.data *= 8
+    return policy
+
+
+def prompts(lengths=LENGTHS):
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 259, (n,), generator=draw).tolist() for n in lengths]
+
+
+def test_left_pad_by_hand():
+    ids, mask = left_pad([[5, 6, 7], [8]], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_rows_are_those_of_each_prompt_alone(lively, window):
+    """Also where layers with a sliding window take the plain way."""
+    model = lively if window is None else mistral(sliding_window=window).eval()
+    rows = [[i % model.config.vocab_size for i in row] for row in prompts()]
+    arguments = (EOS, PAD, 40, 0.0)
+    with torch.no_grad():
+        together = generate_rows(model, rows, *arguments)
+        alone = [generate_rows(model, [row], *arguments)[0] for row in rows]
+    assert together == alone
+    assert len(set(map(tuple, together))) == len(LENGTHS)
+
+
+def test_the_prompts_cache_is_that_of_one_padded_forward(policy):
+    rows = [*prompts(), prompts()[2]]  # one of them twice
+    ids, mask = left_pad([row[:-1] for row in rows], PAD)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        cache = read_prompts(policy, rows, PAD)
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        whole = policy.base_model(**inputs, position_ids=positions, use_cache=True)
+    for ours, theirs in zip(cache.layers, whole.past_key_values.layers, strict=True):
+        for name in ("keys", "values"):
+            found, expected = (getattr(x, name).transpose(1, 2) for x in (ours, theirs))
+            assert found.shape == expected.shape
+            assert torch.allclose(found[mask], expected[mask], atol=1e-5)
+
+
+def test_each_prompt_is_read_once_with_others_of_its_length(policy, monkeypatch):
+    shapes = []
+    forward = policy.base_model.forward
+    monkeypatch.setattr(
+        policy.base_model,
+        "forward",
+        lambda *a, **k: shapes.append(tuple(k["input_ids"].shape)) or forward(*a, **k),
+    )
+    with torch.no_grad():
+        read_prompts(policy, prompts() * 3, PAD)
+    assert shapes == [(1, 2), (1, 3), (1, 8), (3, 30)]
+
+
+def test_ended_rows_leave_the_batch(lively, monkeypatch):
+    """Four rows whose texts end at different times; what a forward still computes."""
+    texts = {40: [7] * 3 + [EOS], 41: [7] * 10 + [EOS], 42: [7] * 30, 43: [EOS]}
+    sizes = []
+
+    def logits(module, args, out):
+        sizes.append(len(out))
+        out = torch.full_like(out, -1e4)
+        for i, row in enumerate(current):
+            done = len(rows_so_far[row])
+            token = texts[row][min(done, len(texts[row]) - 1)]
+            rows_so_far[row].append(token)
+            out[i, -1, token] = 0
+        if len(sizes) % 4 == 0:  # a chunk ends: who goes on?
+            current[:] = [r for r in current if EOS not in rows_so_far[r]]
+        return out
+
+    current, rows_so_far = list(texts), {row: [] for row in texts}
+    lively.lm_head.register_forward_hook(logits)
+    monkeypatch.setattr(generation, "CHUNK", 4)
+    with torch.no_grad():
+        rows = generate_rows(lively, [[5, row] for row in texts], EOS, PAD, 20, 0.0)
+    assert rows == [texts[40], texts[41], [7] * 20, [EOS]]
+    assert sizes == [4] * 4 + [2] * 8 + [1] * 8
+
+
+def test_nothing_is_generated_after_all_have_ended(lively):
+    calls = []
+
+    def only_eos(module, args, out):
+        calls.append(1)
+        return torch.full_like(out, -1e4).index_fill(-1, torch.tensor(EOS), 0.0)
+
+    lively.lm_head.register_forward_hook(only_eos)
+    with torch.no_grad():
+        rows = generate_rows(lively, prompts(), EOS, PAD, 60, 1.0)
+    assert rows == [[EOS]] * len(LENGTHS) and len(calls) == 1
+
+
+def test_a_prompt_of_one_token(lively):
+    with torch.no_grad():
+        rows = generate_rows(lively, [[5], [5, 6, 7]], EOS, PAD, 5, 0.0)
+        alone = [
+            generate_rows(lively, [p], EOS, PAD, 5, 0.0)[0] for p in ([5], [5, 6, 7])
+        ]
+    assert rows == alone
+
+
+@given(st.lists(st.integers(1, 300), min_size=1).map(sorted))
+def test_groups_keep_every_row_and_little_padding(lengths):
+    rows = [[0] * n for n in lengths]
+    groups = list(like_lengths(rows))
+    assert [row for group in groups for row in group] == rows
+    assert all(len(g[0]) >= generation.LIKE_LENGTH * len(g[-1]) for g in groups)
