@@ -75,8 +75,31 @@ class RewardSum:
         known = inspect.signature(function).parameters
         if "completion_finished" in known:
             columns["completion_finished"] = rollout.finished.tolist()
-        values = function(prompts=rollout.prompts, completions=completions, **columns)
-        return checked_scores(values, rollout, getattr(function, "__name__", "reward"))
+        name = getattr(function, "__name__", "reward")
+        columns |= {"prompts": rollout.prompts, "completions": completions}
+        try:
+            values = function(**columns)
+        except Exception as error:
+            raise RuntimeError(
+                f"{name} raised {type(error).__name__}: {error}; "
+                + _failing_sample(function, columns, rollout)
+            ) from error
+        return checked_scores(values, rollout, name)
+
+
+def _failing_sample(function, columns: dict, rollout: Rollout) -> str:
+    """The first sample on which the function raises when asked alone, in words."""
+    for i in range(len(rollout)):
+        try:
+            function(**{name: values[i : i + 1] for name, values in columns.items()})
+        except Exception:
+            return f"alone on {_shown(rollout, i)} it raises, too"
+    return "on no sample alone does it raise"
+
+
+def _shown(rollout: Rollout, i: int) -> str:
+    prompt = rollout.prompts[i][-1]["content"]
+    return f"sample {i}: prompt {prompt[:200]!r}, response {rollout.texts[i][:200]!r}"
 
 
 def checked_scores(values, rollout: Rollout, name: str) -> Tensor:
@@ -88,11 +111,7 @@ def checked_scores(values, rollout: Rollout, name: str) -> Tensor:
         )
     for i, value in enumerate(values):
         if value is None or not math.isfinite(float(value)):
-            prompt = rollout.prompts[i][-1]["content"]
-            raise ValueError(
-                f"{name} returned {value} for sample {i}: prompt {prompt[:200]!r}, "
-                f"response {rollout.texts[i][:200]!r}"
-            )
+            raise ValueError(f"{name} returned {value} for {_shown(rollout, i)}")
     return torch.tensor([float(v) for v in values])
 
 

@@ -727,6 +727,19 @@ def test_a_bad_reward_stops_training_with_the_functions_name(tokenizer, tmp_path
         make_trainer(tmp_path, tokenizer, reward=broken_judge).train()
 
 
+def test_a_reward_function_that_raises_is_named_with_its_sample(tokenizer, tmp_path):
+    def fussy_judge(prompts, completions, number, **columns):
+        if 7 in number:
+            raise KeyError("no such thing")
+        return [0.0] * len(prompts)
+
+    with pytest.raises(
+        RuntimeError,
+        match="(?s)fussy_judge raised KeyError.*alone on sample .*'.*go 7'",
+    ):
+        make_trainer(tmp_path, tokenizer, reward=fussy_judge, max_steps=8).train()
+
+
 def test_rewards_weights_and_tokenizers_must_match(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="2 reward functions, 2 tokenizers, 1 weights"):
         make_trainer(tmp_path, tokenizer, reward=[lower_case] * 2, reward_weights=[1.0])
