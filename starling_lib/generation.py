@@ -42,12 +42,41 @@ class InverseSampling(LogitsProcessor):
         self.temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probabilities = (scores.double() / self.temperature).softmax(-1)
-        cumulative = probabilities.cumsum(-1)
+        if self.temperature != 1:
+            scores = scores / self.temperature
+        # Sums in float64: in float32 the tail of a large vocabulary would be lost.
+        cumulative = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
         uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
         token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         token = token.clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room to grow: a token is written, the others not copied."""
+
+    room: tuple[Tensor, Tensor] | None = None  # what `keys` and `values` are views of
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        end, new = length + key_states.shape[-2], (key_states, value_states)
+        if self.room is None or self.room[0].shape[-2] < end:
+            self.room = tuple(
+                x.new_empty(*x.shape[:-2], end + CHUNK, x.shape[-1]) for x in new
+            )
+            if length:
+                self.room[0][..., :length, :] = self.keys
+                self.room[1][..., :length, :] = self.values
+        for buffer, states in zip(self.room, new, strict=True):
+            buffer[..., length:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -115,6 +144,7 @@ def read_prompts(
     cache = DynamicCache(config=policy.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return cache
+    cache.layers = [RoomyLayer() for _ in cache.layers]
     width = max(map(len, prompts)) - 1
     heads = sorted({tuple(row[:-1]) for row in prompts}, key=len)
     if width == 0 or len(heads[0]) == 0:

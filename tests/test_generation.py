@@ -5,9 +5,11 @@ import torch
 from conftest import mistral
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from starling_lib import generation
 from starling_lib.generation import (
+    RoomyLayer,
     generate_rows,
     left_pad,
     like_lengths,
@@ -65,6 +67,23 @@ def test_the_prompts_cache_is_that_of_one_padded_forward(policy):
             found, expected = (getattr(x, name).transpose(1, 2) for x in (ours, theirs))
             assert found.shape == expected.shape
             assert torch.allclose(found[mask], expected[mask], atol=1e-5)
+
+
+def test_a_roomy_layer_holds_what_a_dynamic_one_holds():
+    """Through appending, more than there is room for, and dropping of rows."""
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    draw = torch.Generator().manual_seed(0)
+    for length in (3, 1, 1, 40, 1, 1):
+        rows = 4 if theirs.keys is None else len(theirs.keys)
+        new = torch.randn(2, rows, 2, length, 5, generator=draw)
+        for layer in (ours, theirs):
+            layer.update(*new)
+        if length == 40:
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([0, 3]))
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+        assert ours.get_seq_length() == theirs.get_seq_length()
 
 
 def test_each_prompt_is_read_once_with_others_of_its_length(policy, monkeypatch):
