@@ -71,6 +71,9 @@ def transcript_to_messages(text: str) -> list[Message]:
     Nothing is stripped: `messages_to_transcript` gives back the same text exactly.
     Text before the first speaker mark becomes a system message. Raises ValueError when
     there is no mark or the text does not end in an assistant turn.
+
+    >>> transcript_to_messages("\\n\\nHuman: Hi\\n\\nAssistant: ")
+    [{'role': 'user', 'content': 'Hi'}]
     """
     opening, *parts = _ANY_MARK.split(text)
     messages = [{"role": "system", "content": opening}] if opening else []
@@ -120,6 +123,9 @@ def render(
     """Text of a conversation under a Jinja chat template, without a BOS token.
 
     Raises `jinja2.TemplateError` where the template refuses the conversation.
+
+    >>> render([{"role": "user", "content": "Hello"}], OPENCHAT_TEMPLATE)
+    'GPT4 Correct User: Hello<|end_of_turn|>GPT4 Correct Assistant:'
     """
     return _compiled(template).render(
         messages=messages, add_generation_prompt=add_generation_prompt, bos_token=""

@@ -123,6 +123,9 @@ def parse_rating(reply: str) -> float:
 
     Raises:
         JudgmentParseError: no rating, several different ones, or one out of range.
+
+    >>> parse_rating("Short but right. Rating: [[7.5]]")
+    7.5
     """
     found = _RATING.findall(reply) or _RATING_BACKUP.findall(reply)
     ratings = dict.fromkeys(map(float, found))

@@ -39,6 +39,10 @@ def kwise_loss(
     `top` = m counts the first m choices only and divides by min(m, K_i − 1): the order
     of the rest is then no evidence (top-k ListMLE, Xia et al. 2009).
     Raises ValueError on a bad shape, on top < 1, and on ties among more than 12 columns.
+
+    >>> scores = torch.tensor([[2.0, 0.5, -1.0]])  # one ranking, best first
+    >>> round(2 * kwise_loss(scores).item(), 3)  # −ln .786 − ln .818
+    0.443
     """
     if top is not None and top < 1:
         raise ValueError(f"top={top}: count at least the first choice, or give None")
@@ -66,6 +70,9 @@ def pairwise_loss(
     """Bradley-Terry loss of all K(K−1)/2 pairs, MLE_2 (Ouyang et al. 2022, eq. 1).
 
     mean over rows of the mean over pairs of −log σ(s_better − s_worse).
+
+    >>> round(pairwise_loss(torch.zeros(1, 7)).item(), 4)  # equal scores: ln 2
+    0.6931
     """
     mask = _present(scores, mask, weights, ranks)
     ranks = _column_numbers(scores) if ranks is None else ranks

@@ -41,6 +41,10 @@ def reward_metrics(
     With `lengths` (N, K) also `longer_wins`, the accuracy of preferring the longer
     response: the baseline to beat; and `shorter_better_accuracy`, that of the scores on
     pairs whose better response is the shorter. NaN where there is nothing to count.
+
+    >>> metrics = reward_metrics([[3.0, 1.0, 2.0], [0.5, 0.4, 0.1]])
+    >>> round(metrics["accuracy"], 3), metrics["top1"]
+    (0.833, 1.0)
     """
     scores, ranks = _matrices(scores, ranks)
     observed = _observations(scores, ranks, lengths)

@@ -35,6 +35,10 @@ def masked_whiten(
     `moments` (mean, variance) replaces those of `x` where the batch is larger than this
     tensor: several processes. The original whitened over padding too (starling.md §4.2),
     which made the effective λ depend on how the batch was padded.
+
+    >>> x, mask = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])
+    >>> masked_whiten(x, mask)
+    tensor([[-1.,  1.,  0.]])
     """
     mean, variance = moments or masked_moments(x, mask)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -48,6 +52,11 @@ def gae(
 
     δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  with V = A = 0 after the last
     response token. Returns (advantages, returns = A + V), both (N, R), zero outside `mask`.
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+    >>> mask = torch.tensor([[True, True]])
+    >>> gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
+    (tensor([[0.5000, 0.5000]]), tensor([[1., 1.]]))
     """
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     advantages = torch.zeros_like(values)
@@ -73,6 +82,11 @@ def apa_loss(
 
     mean over response tokens of (log π_θ − log π_anchor − A/λ)². The anchor is the initial
     policy in the paper, the rollout policy in Starling's code. Z(s) is taken as 1.
+
+    >>> mask = torch.tensor([[True]])
+    >>> now, anchor, advantage = (torch.tensor([[x]]) for x in (-1.0, -1.5, 0.5))
+    >>> apa_loss(now, anchor, advantage, mask, apa_lambda=1.0)  # the target is met
+    tensor(0.)
     """
     target = anchor_logprobs + advantages / apa_lambda
     return masked_mean((logprobs - target) ** 2, mask, count)
@@ -139,7 +153,11 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """ref/π − 1 − log(ref/π): unbiased and never negative."""
+    """ref/π − 1 − log(ref/π): unbiased and never negative.
+
+    >>> kl_k3(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -2.0]))
+    tensor([0.0000, 0.3679])
+    """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 

@@ -53,6 +53,10 @@ def pack_ranking(
     Returns lists `input_ids`, `position_ids`, `segment_ids` (0 prompt, k response k) of
     length T, and `ends` (K): the index of each response's last token. Raises ValueError
     on an empty prompt or response.
+
+    >>> packed = pack_ranking([11, 12], [[21, 22], [31]])
+    >>> packed["input_ids"], packed["position_ids"], packed["ends"]
+    ([11, 12, 21, 22, 31], [0, 1, 2, 3, 2], [3, 4])
     """
     if not prompt_ids or not all(response_ids):
         raise ValueError("pack_ranking: the prompt and every response need a token")

@@ -180,6 +180,9 @@ def parse_ranking(reply: str, k: int) -> list[int]:
     Everything else raises RankingParseError: two different rankings, letters missing,
     repeated, in lower case or beyond K, groups of ties, a list from worst to best, a
     reply cut off. Nothing is guessed, and time is linear in the length of the reply.
+
+    >>> parse_ranking("B is clearly best.\\n[['B', 'A', 'C']]", 3)
+    [1, 0, 2]
     """
     if not 2 <= k <= len(LETTERS):
         raise ValueError(f"k={k}: letters name 2 to {len(LETTERS)} responses")

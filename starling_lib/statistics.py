@@ -44,6 +44,9 @@ def bootstrap_interval(
     (a prompt, say), and whole groups are resampled together. With a single group
     nothing can be said about the spread: `low` and `high` are NaN.
     Raises ValueError when `values` is empty or `groups` has another length.
+
+    >>> bootstrap_interval([0, 1, 1, 1, 0, 1, 1, 1, 1, 0])
+    Interval(estimate=0.7, low=0.4, high=0.9)
     """
     values = _vector(values)
     codes = _group_codes(len(values), groups)
@@ -87,6 +90,10 @@ def paired_difference(
     2^G ways when that is no more than `resamples`); with `groups` the pairs of a group
     keep one common sign. A single group proves nothing: p is 1, the ends are NaN.
     Raises ValueError on unequal lengths.
+
+    >>> after, before = [3, 4, 5, 6, 7], [1, 3, 4, 4, 6]
+    >>> paired_difference(after, before)
+    PairedDifference(difference=1.4, low=1.0, high=1.8, p_value=0.0625)
     """
     a, b = _vector(a), _vector(b)
     if len(a) != len(b):
