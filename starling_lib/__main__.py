@@ -1,80 +1,83 @@
-"""The command line: python -m starling_lib COMMAND RECIPE.yaml [key=value …].
+"""The command line: python -m starling_lib COMMAND RECIPE [key=value …].
 
-Knows the commands and their recipes; does not know how any of them works.
+Knows the commands and how their errors end. Does not know how any of them works.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
+from starling_lib.commands import COMMANDS, Command, bundled_recipes, read_command
 from starling_lib.judges import JudgeError
-from starling_lib.labeling import (
-    LabelRecipe,
-    describe_recipe,
-    label,
-    read_recipe,
-)
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 1 after saying on stderr what is wrong."""
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
-    except (JudgeError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        name, overrides = _split(args.recipe, args.overrides)
+        args.command.run(read_command(args.command, name, overrides))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not isinstance(error, _expected()):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors that say in words what is wrong; all others are shown with their trace."""
+    errors: list[type[Exception]] = [JudgeError, ValueError, OSError]
+    errors.append(FloatingPointError)  # a run that diverged
+    if models := sys.modules.get("starling_lib.models"):  # else it raised nothing
+        errors.append(models.ModelUnavailable)
+    return tuple(errors)
+
+
+def _split(name: str | None, overrides: list[str]) -> tuple[str | None, list[str]]:
+    """Without a recipe, what stands in its place is a key with its value."""
+    if name is not None and "=" in name and not Path(name).exists():
+        return None, [name, *overrides]
+    return name, overrides
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m starling_lib")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = commands.add_parser(
-        "label",
-        help="let a judge rank responses (RLAIF) and write Nectar rows",
-        description="Let a judge rank responses and write rows in the Nectar schema. "
-        "Stopped at any moment, the same command goes on.",
-        epilog="Keys of the recipe:\n" + describe_recipe(LabelRecipe),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument(
-        "recipe",
-        metavar="RECIPE.yaml",
-        help=f"a file, or one of the bundled: {', '.join(_bundled('label'))}",
-    )
-    command.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="replaces a value of the recipe: judge.model=some-name split=test",
-    )
-    command.set_defaults(run=_label)
+    for command in COMMANDS:
+        _add(commands, command)
     return parser
 
 
-def _bundled(command: str) -> list[str]:
-    return sorted(path.stem for path in (RECIPES / command).glob("*.yaml"))
-
-
-def _recipe_path(command: str, name: str) -> Path:
-    bundled = RECIPES / command / f"{name}.yaml"
-    return bundled if name in _bundled(command) else Path(name)
-
-
-def _label(args: argparse.Namespace) -> None:
-    path = _recipe_path("label", args.recipe)
-    recipe = read_recipe(LabelRecipe, path, args.overrides)
-    report = label(recipe)
-    print(json.dumps(report, indent=1, ensure_ascii=False))
-    print(f"written to {recipe.output_dir}")
+def _add(commands, command: Command) -> None:
+    own = commands.add_parser(
+        command.name,
+        help=command.summary,
+        description=f"{command.summary[0].upper()}{command.summary[1:]}."
+        + " Stopped at any moment, the same command goes on." * command.resumes,
+        epilog=command.keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bundled = ", ".join(bundled_recipes(command.name)) or "none"
+    first = fields(command.recipe)[0].name
+    own.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?",
+        help=f"a YAML file, or one of the bundled: {bundled}; none: keys alone",
+    )
+    own.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help=f"replaces a value of the recipe: {first}=runs/mine; dots lead into parts",
+    )
+    own.set_defaults(command=command)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """RLAIF: prompts → K responses → a judge's ranking → rows in the Nectar schema.
 
 Knows: how rankings are asked for and taken up again after a kill, how several passes
-become one ranking, and the recipe that names all of it. Does not know how a judge is
+become one ranking, and how a `LabelRecipe` is carried out. Does not know how a judge is
 reached (`judges`), what it is asked (`ranking_prompt`) or what rankings are used for. The
 public names of `ranking_prompt`, `responders` and `recipe_files` are here too.
 """
@@ -26,6 +26,7 @@ from starling_lib.chat import (
     Message,
     transcript_to_messages,
 )
+from starling_lib.command_recipes import JudgeRecipe, LabelRecipe
 from starling_lib.journal import (
     Row,
     line_of,
@@ -52,8 +53,12 @@ from starling_lib.ranking_prompt import (
     ranking_messages,
 )
 from starling_lib.rankings import data_path, read_rows
-from starling_lib.recipe_files import RecipeError, describe_recipe, read_recipe
-from starling_lib.recipe_files import recipe_key as _key
+from starling_lib.recipe_files import (
+    RecipeError,
+    describe_recipe,
+    keep_recipe,
+    read_recipe,
+)
 from starling_lib.responders import Responder, conversation, sample_responses
 from starling_lib.statistics import bootstrap_interval, kendall_tau
 
@@ -558,56 +563,6 @@ def _shared_ranks(
 
 # --- the labelling recipe
 
-
-@dataclass(frozen=True)
-class JudgeRecipe:
-    """A model behind an OpenAI-compatible server, as `OpenAIJudge` takes it."""
-
-    model: str = _key("the judge's name on its server")
-    base_url: str | None = _key(
-        "the server, ending in /v1; null: OPENAI_BASE_URL or OpenAI", default=None
-    )
-    api_key_env: str = _key("variable that holds the key", default="OPENAI_API_KEY")
-    temperature: float | None = _key("null: not sent", default=0.0)
-    max_tokens: int | None = _key("for one reply; null: not sent", default=2048)
-    concurrency: int = _key("requests in flight at once", default=8)
-    timeout: float = _key("seconds to wait for one reply", default=120.0)
-    prices: list[float] | None = _key(
-        "dollars for a million prompt and completion tokens, for the report",
-        default=None,
-    )
-    extra: dict | None = _key("more fields of the request's body", default=None)
-
-
-@dataclass(frozen=True)
-class LabelRecipe:
-    """Rows to be labelled, by whom, how often, and where everything goes."""
-
-    output_dir: str = _key("folder for rankings, judgments, replies and the report")
-    judge: JudgeRecipe | None = _key("who ranks; not needed with replies", default=None)
-    source: str = _key(
-        "nectar_mini, a JSONL or Parquet file, a folder, a hub id",
-        default="nectar_mini",
-    )
-    split: str = _key("with + between several; slices as train[:100]", default="train")
-    rows: int | None = _key("only the first rows of each split", default=None)
-    responders: list[Responder] = _key(
-        "models that answer anew; empty: the source's answers", default_factory=list
-    )
-    passes: int = _key("rankings of each row, each in another order", default=1)
-    seed: int = _key("of display orders, pair orders and sampling", default=0)
-    attempts: int = _key("draws to ask for until a reply can be read", default=3)
-    retry_failed: bool = _key("try the failures of earlier runs again", default=False)
-    method: str = _key("how passes are joined: borda, plackett_luce", default="borda")
-    replies: str | None = _key(
-        "a reply log to replay instead of asking; bundled or a path", default=None
-    )
-    displays: str | None = _key(
-        "a judgments log whose orders of display to use; bundled or a path",
-        default=None,
-    )
-
-
 # Another value of these makes other rows under the same ids.
 _FIXED = ("source", "split", "seed", "responders")
 
@@ -623,7 +578,7 @@ def label(recipe: LabelRecipe, progress: bool = True) -> dict[str, Any]:
     _merge_function(recipe.method)  # a misspelt one must not wait for the judge
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _keep_recipe(recipe, folder / "recipe.json")
+    keep_recipe(recipe, folder / "recipe.json", lambda key: key in _FIXED)
     parts = _read_splits(recipe)
     stored = list(itertools.chain(*parts.values()))
     rows = stored
@@ -632,7 +587,9 @@ def label(recipe: LabelRecipe, progress: bool = True) -> dict[str, Any]:
         rows = sample_responses(
             stored, recipe.responders, where, seed=recipe.seed, progress=progress
         )
-    judge = _judge(recipe, folder)
+    judge = make_judge(recipe.judge, recipe.replies, folder)
+    if judge is None:
+        raise RecipeError("judge: missing; name a judge, or replies to replay")
     log = _bundled(recipe.displays)
     judgments = rank_responses(
         rows,
@@ -672,27 +629,18 @@ def _read_splits(recipe: LabelRecipe) -> dict[str, list[Row]]:
     return parts
 
 
-def _keep_recipe(recipe: LabelRecipe, path: Path) -> None:
-    """Write the recipe down; raise RecipeError where the folder belongs to another."""
-    fields = dataclasses.asdict(recipe)
-    for part in (fields["judge"] or {}, *fields["responders"]):
-        part.pop("base_url", None)  # servers move, and an address may hold a password
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else fields
-    for name in _FIXED:
-        if before.get(name) != fields[name]:
-            raise RecipeError(
-                f"{name}: {path.parent} was made with {before.get(name)!r:.80}, not with "
-                f"{fields[name]!r:.80}; name another output_dir"
-            )
-    write_atomically(path, json.dumps(fields, indent=1, ensure_ascii=False).encode())
+def make_judge(
+    judge: JudgeRecipe | None, replies: str | None, folder: Path
+) -> Judge | None:
+    """A judge behind a server, which logs into `folder`, or a replay; None for neither.
 
-
-def _judge(recipe: LabelRecipe, folder: Path) -> Judge:
-    if recipe.replies is not None:
-        return RecordedJudge(_bundled(recipe.replies))
-    if recipe.judge is None:
-        raise RecipeError("judge: missing; name a judge, or replies to replay")
-    fields = dataclasses.asdict(recipe.judge)
+    Raises RecipeError for prices that are not two.
+    """
+    if replies is not None:
+        return RecordedJudge(_bundled(replies))
+    if judge is None:
+        return None
+    fields = dataclasses.asdict(judge)
     if (prices := fields["prices"]) is not None and len(prices) != 2:
         raise RecipeError(f"judge.prices: expected two numbers, got {prices}")
     return OpenAIJudge(**fields, log=folder / "replies.jsonl")

@@ -1,7 +1,7 @@
 """What a saved model says of itself: its model card.
 
-Knows: base model, data and its licence, figures, how the model is loaded. Does not know:
-how any of them came about. Nothing here uploads anything.
+Knows: base model, data and licences, settings and figures, how the model is loaded. Does
+not know: how any of them came about. Nothing here uploads anything.
 """
 
 import json
@@ -10,11 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from starling_lib.journal import write_atomically
-from starling_lib.models import BUNDLED_ALIAS, BUNDLED_NAME
+from starling_lib.models import BUNDLED_ALIAS, BUNDLED_NAME, LICENSES
 from starling_lib.statistics import Interval
 
 Figure = float | Interval | tuple[float, float, float]
@@ -32,6 +33,14 @@ _LIMITS = (
     "was trained on, and judge the outcome by something else.",
     "A response cut by a token limit is read at its last token, a finished one at its "
     "end-of-turn token. The two are not comparable where cutting was not in the data.",
+)
+
+_POLICY_LIMITS = (
+    "It was tuned to please one reward model. What that model overrates, this one does "
+    "more often; a higher reward is not by itself a better answer.",
+    "Tuning on preferences changes style, length and tone more than knowledge or "
+    "reasoning.",
+    "It may say what is false or harmful, and that it is another assistant.",
 )
 
 _LOSSES = {
@@ -97,16 +106,78 @@ Measured on the split `{{ data.split }}`, whose prompts were not trained on; int
 {%- else -%}
 None were given.
 {% endif %}
+"""
+
+
+_CLOSING = """{% if settings %}
+## Settings
+
+| setting | value |
+|---|---|
+{% for name, value in settings -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+{%- endif %}
 ## Limits
 
 {% for limit in limits -%}
 - {{ limit }}
 {% endfor %}"""
 
+_POLICY_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A chat model: {{ base }}, tuned with the Starling cookbook {{ version }} against the reward
+model `{{ reward_model }}` by {{ method }}.
+
+## Use
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model={{ load_from }})
+messages = [{"role": "user", "content": "What is the capital of France?"}]
+print(chat(messages, max_new_tokens=64)[0]["generated_text"][-1]["content"])
+```
+
+The chat template is that of the model it began as.
+
+## Training data
+
+Prompts of {{ data.name }}{{ ": " + data.note if data.note }}
+Licence of the data: {{ data.license }}. Licence of this model: {{ license }}.
+{%- if base_note %} {{ base_note }}{% endif %}
+
+## Figures
+
+{% if rows -%}
+Means over the responses of an iteration, sampled from the training prompts; the reward is
+that of the reward model it was tuned against.
+
+| figure | first iteration | last iteration |
+|---|---|---|
+{% for figure, first, last in rows -%}
+| {{ figure }} | {{ first }} | {{ last }} |
+{% endfor %}
+{%- else -%}
+None were given.
+{% endif %}
+{%- if findings %}
+On MT-Bench's kind of questions:
+
+{% for finding in findings -%}
+- {{ finding }}
+{% endfor %}
+{%- endif %}
+"""
+
 
 @dataclass(frozen=True)
 class CardData:
-    """The rankings behind a reward model: name, licence, split of the figures."""
+    """The rankings behind a model: name, licence, split of the figures."""
 
     name: str
     license: str
@@ -129,6 +200,17 @@ KNOWN_DATA = {
         hub_id="berkeley-nest/Nectar",
     ),
 }
+# Of models that runs begin from; those of `models` included.
+KNOWN_LICENSES = LICENSES | {
+    "openchat/openchat_3.5": "apache-2.0",
+    "meta-llama/Llama-2-7b-chat-hf": "llama2",
+}
+_BASE_NOTES = {
+    "openchat/openchat_3.5": "OpenChat 3.5 was itself trained on conversations with "
+    "GPT-4 (ShareGPT), to whose use OpenAI's terms apply.",
+    "meta-llama/Llama-2-7b-chat-hf": "The Llama 2 Community License and its acceptable "
+    "use policy apply to everything derived from Llama 2.",
+}
 
 
 def reward_model_card(
@@ -141,18 +223,85 @@ def reward_model_card(
     loss_type: str = "kwise",
     load_from: str | None = None,
     language: str = "en",
+    settings: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a README.md whose front matter the Hugging Face hub understands.
 
     `data`: a name in KNOWN_DATA or a CardData. `figures`: numbers by name, or (estimate,
     low, high) at 95 % over prompts. `limits` come after those of every reward model.
     `loss_type`: as in KwiseRewardConfig, or the loss in words. `load_from`: what the
-    examples load, by default `name`. Raises ValueError on unknown data, an empty licence
-    or a figure that is not finite.
+    examples load, by default `name`. `settings`: of the run, seeds included. Raises
+    ValueError on unknown data, an empty licence or a figure that is not finite.
     """
+    data = known_data(data)
+    return _card(
+        _TEMPLATE + _CLOSING,
+        (name, base_model, data, license, load_from),
+        {
+            "eval_results": [_result(data, *one) for one in figures.items()] or None,
+            "pipeline_tag": "text-classification",
+            "tags": ["reward-model", "rlaif"],
+            "language": language,
+        },
+        loss=_LOSSES.get(loss_type, loss_type),
+        rows=[_row(*figure) for figure in figures.items()],
+        settings=_setting_rows(settings),
+        limits=[*_LIMITS, *limits],
+    )
+
+
+def policy_card(
+    name: str,
+    base_model: str,
+    data: CardData | str,
+    license: str,
+    reward_model: str,
+    method: str,
+    figures: Mapping[str, tuple[float, float]],
+    findings: Sequence[str] = (),
+    limits: Sequence[str] = (),
+    load_from: str | None = None,
+    language: str = "en",
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """The same for a tuned policy.
+
+    `method`: in words, such as "APA (arXiv 2306.02231)". `figures`: (first, last) of the
+    run's iterations by name. `findings`: sentences of a bench's report. The rest is as in
+    `reward_model_card`, and so are the errors.
+    """
+    data = known_data(data)
+    for what, pair in figures.items():
+        for value in pair:
+            _interval(what, value)
+    return _card(
+        _POLICY_TEMPLATE + _CLOSING,
+        (name, base_model, data, license, load_from),
+        {
+            "pipeline_tag": "text-generation",
+            "tags": ["rlaif", "apa"],
+            "language": language,
+        },
+        reward_model=_plain_name(reward_model),
+        method=method,
+        base_note=_BASE_NOTES.get(base_model, ""),
+        rows=[(what, *(f"{x:.3f}" for x in pair)) for what, pair in figures.items()],
+        findings=[" ".join(finding.split()) for finding in findings],
+        settings=_setting_rows(settings),
+        limits=[*_POLICY_LIMITS, *limits],
+    )
+
+
+def _card(
+    template: str,
+    about: tuple[str, str, CardData, str, str | None],
+    matter: Mapping[str, Any],
+    **texts: Any,
+) -> str:
+    """A card's front matter and text, from what cards of both kinds say."""
     from starling_lib import __version__
 
-    data = _known(data)
+    name, base_model, data, license, load_from = about
     for what, text in (("license", license), ("data.license", data.license)):
         if not text.strip():
             raise ValueError(f"{what} is empty: say under which licence it stands")
@@ -160,28 +309,59 @@ def reward_model_card(
     card_data = ModelCardData(
         base_model=base_id if _HUB_ID.fullmatch(base_id) else None,
         datasets=[data.hub_id] if data.hub_id else None,
-        eval_results=[_result(data, *figure) for figure in figures.items()] or None,
-        language=language,
         library_name="transformers",
         model_name=name,
-        pipeline_tag="text-classification",
-        tags=["reward-model", "rlaif"],
+        **matter,
         **_license_fields(license),
     )
     card = ModelCard.from_template(
         card_data,
-        template_str=_TEMPLATE,
+        template_str=template,
         name=name,
         version=__version__,
         base=BUNDLED_NAME if base_model == BUNDLED_ALIAS else Path(base_model).name,
-        loss=_LOSSES.get(loss_type, loss_type),
         load_from=json.dumps(load_from or name),
         data=data,
         license=license,
-        rows=[_row(*figure) for figure in figures.items()],
-        limits=[*_LIMITS, *limits],
+        **texts,
     )
-    return str(card)
+    return re.sub(r"\n{3,}", "\n\n", str(card))  # left where a section is empty
+
+
+def _plain_name(model: str) -> str:
+    """A hub id as it is; of a path of this machine only the end."""
+    is_hub_id = _HUB_ID.fullmatch(model) and not Path(model).exists()
+    return model if is_hub_id else Path(model).name
+
+
+def _setting_rows(settings: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Settings as cells of a table, without what would end a cell."""
+    return [
+        (name, " ".join(str(value).split()).replace("|", "\\|"))
+        for name, value in (settings or {}).items()
+    ]
+
+
+def derived_license(base_license: str, data: CardData) -> str:
+    """Under which licence a model stands that was made from a model and data.
+
+    A condition of the data goes on to the model, as with Starling-LM, which is under
+    Nectar's. This is what its authors did, no legal advice.
+    """
+    if _LICENSE_ID.fullmatch(data.license.lower()):
+        return base_license
+    if base_license.lower() == "apache-2.0" and data.license.startswith("Apache-2.0"):
+        return data.license
+    return f"{base_license}, and for the data: {data.license}"
+
+
+def report_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
+    """The figures for a card from what `reports.reward_report` returns."""
+    lines = {
+        name: (line["estimate"], line["low"], line["high"])
+        for name, line in report["metrics"].items()
+    }
+    return {name: line for name, line in lines.items() if None not in line}
 
 
 def save_reward_card(
@@ -197,14 +377,20 @@ def save_reward_card(
 
     `name` is the folder's own by default; the rest is as in `reward_model_card`.
     """
-    folder = Path(folder)
-    name = name or folder.resolve().name
+    name = name or Path(folder).resolve().name
     text = reward_model_card(name, base_model, data, license, figures, **options)
-    write_atomically(folder / "README.md", text.encode())
-    return folder / "README.md"
+    return write_card(folder, text)
 
 
-def _known(data: CardData | str) -> CardData:
+def write_card(folder: str | Path, text: str) -> Path:
+    """Write a card as README.md into a model's folder, all of it or nothing."""
+    path = Path(folder) / "README.md"
+    write_atomically(path, text.encode())
+    return path
+
+
+def known_data(data: CardData | str) -> CardData:
+    """A CardData by its name. Raises ValueError where its licence is not known."""
     if isinstance(data, CardData):
         return data
     if data not in KNOWN_DATA:

@@ -11,22 +11,22 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from datasets import Dataset
 
 from starling_lib import models
 from starling_lib.apa import APAConfig, APATrainer
 from starling_lib.checkpoints import MARKER, write_marker
-from starling_lib.publish import KNOWN_DATA, save_reward_card
+from starling_lib.command_recipes import merged, read_preset
+from starling_lib.publish import KNOWN_DATA, report_figures, save_reward_card
 from starling_lib.rankings import data_path, load_rankings
 from starling_lib.reports import reward_report
 from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
 
-RECIPES = Path(__file__).with_suffix("")
 # Modules whose code decides the weights: a change in one makes artefacts anew.
 TRAINING_CODE = [
     *("chat", "rankings", "models", "trunk", "prefix", "generation", "rollouts"),
@@ -61,21 +61,13 @@ class Settings:
 
     def reward_config(self, output_dir: Path | str, **overrides) -> KwiseRewardConfig:
         """Arguments of the reward trainer, writing to `output_dir`."""
-        arguments = {"seed": self.seed, "save_steps": 25, "save_total_limit": 2}
-        arguments |= {"eval_strategy": "no", "output_dir": str(output_dir)}
-        return KwiseRewardConfig.for_this_machine(
-            **{**arguments, **self.reward, **overrides}
-        )
+        return reward_config(output_dir, self.seed, {**self.reward, **overrides})
 
     def apa_config(self, output_dir: Path | str, **overrides) -> APAConfig:
         """Arguments of the policy trainer, writing to `output_dir`."""
-        arguments = {"seed": self.seed, "save_steps": 20, "save_total_limit": 2}
-        arguments |= {"output_dir": str(output_dir)}
-        rest = {**arguments, **self.apa, **overrides}
-        base = rest.pop("base")
-        if base not in ("starling", "paper"):
-            raise ValueError(f"apa.base={base!r}: choose 'starling' or 'paper'")
-        return getattr(APAConfig, base)(**rest)
+        arguments = {**self.apa, **overrides}
+        base = arguments.pop("base")
+        return apa_config(output_dir, self.seed, base, arguments)
 
     def fingerprint(self, stage: str) -> str:
         """Digest of model, data, code, precision and the settings up to `stage`."""
@@ -93,6 +85,26 @@ class Settings:
         }
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def reward_config(
+    output_dir: Path | str, seed: int, arguments: Mapping[str, Any]
+) -> KwiseRewardConfig:
+    """A config for this machine that saves often enough to survive a kill."""
+    ours = {"seed": seed, "save_steps": 25, "save_total_limit": 2}
+    ours |= {"eval_strategy": "no", "output_dir": str(output_dir)}
+    return KwiseRewardConfig.for_this_machine(**{**ours, **arguments})
+
+
+def apa_config(
+    output_dir: Path | str, seed: int, base: str, arguments: Mapping[str, Any]
+) -> APAConfig:
+    """The same for a policy; `base` is what `arguments` change: starling or paper."""
+    if base not in ("starling", "paper"):
+        raise ValueError(f"apa.base={base!r}: choose 'starling' or 'paper'")
+    ours = {"seed": seed, "save_steps": 20, "save_total_limit": 2}
+    ours |= {"output_dir": str(output_dir)}
+    return getattr(APAConfig, base)(**{**ours, **arguments})
 
 
 def _data_files(source: str) -> list[Path]:
@@ -114,39 +126,18 @@ def load_settings(preset: str = "small", seed: int = 0, **overrides) -> Settings
     """Read `recipes/<preset>.yaml` (or a YAML file) and fit its sizes to this machine.
 
     `overrides` replace whole top-level fields, or single keys by `stage={"key": value}`.
-    Raises ValueError for an unknown preset or field.
+    Raises ValueError for an unknown preset or field, or a value of the wrong type.
     """
-    path = Path(preset)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{preset}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise ValueError(
-            f"no preset {preset!r}: choose from {known}, or give a YAML file"
-        )
-    recipe = yaml.safe_load(path.read_text())
-    slow, slow_below = recipe.pop("slow", None), recipe.pop("slow_below", 0)
-    gflops = models.matmul_gflops() if slow else 0.0
-    reduced = bool(slow) and gflops < slow_below
-    for change in (slow if reduced else {}, overrides):
-        recipe = _merge(recipe, change)
-    known = {f.name for f in dataclasses.fields(Settings)}
-    if unknown := set(recipe) - known:
-        raise ValueError(
-            f"{path.name}: unknown field {sorted(unknown)}; known: {known}"
-        )
+    plain = read_preset(preset)
+    gflops = models.matmul_gflops() if plain.slow else 0.0
+    reduced = bool(plain.slow) and gflops < plain.slow_below
+    changes = merged(plain.slow, overrides) if reduced else overrides
+    chosen = dataclasses.asdict(read_preset(preset, **changes))
+    known = {one.name for one in dataclasses.fields(Settings)}
+    fields = {name: value for name, value in chosen.items() if name in known}
     return Settings(
-        preset=path.stem, seed=seed, gflops=gflops, reduced=reduced, **recipe
+        Path(preset).stem, seed=seed, gflops=gflops, reduced=reduced, **fields
     )
-
-
-def _merge(recipe: dict, change: dict) -> dict:
-    """`recipe` with the keys of `change`; a stage's keys one by one."""
-    merged = dict(recipe)
-    for key, value in change.items():
-        stage = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = {**merged[key], **value} if stage else value
-    return merged
 
 
 # --- artefacts
@@ -190,8 +181,19 @@ def keep(
 
 
 def save_trained(trainer, folder: Path) -> None:
-    """Save a trained model with the curves of its training."""
-    trainer.save_model(str(folder))
+    """Save a trained model with the curves of its training.
+
+    Adapters are saved apart and merged into the model, which then loads without peft;
+    the trainer is of no more use after that.
+    """
+    adapted = trainer.peft_model is not None
+    trainer.save_model(str(folder / "adapters" if adapted else folder))
+    if not trainer.is_world_process_zero():
+        return
+    if adapted:
+        with models.quiet():
+            trainer.peft_model.merge_and_unload().save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
     (folder / "log_history.json").write_text(json.dumps(trainer.state.log_history))
 
 
@@ -228,21 +230,29 @@ def evaluate_reward_model(
     """Log the held-out metrics as `trainer.evaluate` does; from the same scores, write
     `reward_report.json` and `.png` and, where the licences are known, a model card.
     """
-    held_out = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-    trainer.log(held_out.metrics)
-    lengths, ranks = held_out.label_ids
-    sources = settings.rankings("test")["source"]
-    report = reward_report(held_out.predictions, lengths, sources, folder, ranks)
+    report = report_reward_model(trainer, settings.rankings("test"), folder)
     if settings.data not in KNOWN_DATA or settings.model not in models.LICENSES:
         return  # whose licence is not known, nothing can be said of
-    figures = {
-        name: (line["estimate"], line["low"], line["high"])
-        for name, line in report["metrics"].items()
-        if None not in (line["estimate"], line["low"], line["high"])
-    }
+    figures = report_figures(report)
     save_reward_card(
         folder, settings.model, settings.data, models.LICENSES[settings.model], figures
     )
+
+
+def report_reward_model(
+    trainer: KwiseRewardTrainer, rankings: Dataset, folder: Path
+) -> dict[str, Any] | None:
+    """Log and report on the trainer's held-out rows, which `rankings` were before.
+
+    Returns the report; None in every process but the main one, which writes it.
+    """
+    held_out = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+    trainer.log(held_out.metrics)
+    if not trainer.is_world_process_zero():
+        return None
+    lengths, ranks = held_out.label_ids
+    sources = rankings["source"]
+    return reward_report(held_out.predictions, lengths, sources, folder, ranks)
 
 
 def tuned_policy(settings: Settings, fresh: bool = False) -> Path:

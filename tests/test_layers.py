@@ -37,6 +37,7 @@ ORDER = [
     "ranking_prompt",
     "recipe_files",
     "responders",
+    "command_recipes",
     "labeling",
     "bench_files",
     "bench_answers",
@@ -55,7 +56,12 @@ ORDER = [
     "evaluation",
     "reports",
     "publish",
+    "planner",
     "recipes",
+    "training_runs",
+    "run_cards",
+    "terminal_chat",
+    "commands",
     "__main__",
 ]
 # Judging a reply or reading a report must not load a deep-learning stack.
@@ -71,6 +77,9 @@ LIGHT = [
     "bench_compare",
     "evaluation",
     "plots",
+    "command_recipes",
+    "commands",
+    "__main__",
 ]
 HEAVY = {"torch", "transformers", "trl"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
