@@ -243,6 +243,11 @@ class Preset:
     apa: dict[str, Any] = _key("arguments of APAConfig, and its `base`")
     evaluation: dict[str, Any] = _key("arguments of evaluation.evaluate_policy")
     rows: int | None = _key("only the first rows of a split", default=None)
+    half: str | None = _key(
+        "A or B: what reward model and policy learn from; the other half is for a gold "
+        "model",
+        default=None,
+    )
     questions: int | None = _key("only the first of the bench", default=None)
     slow_below: float = _key("GFLOP/s below which `slow` holds", default=0.0)
     slow: dict[str, Any] = _key("what then replaces the above", default_factory=dict)
@@ -299,7 +304,8 @@ def preset_recipe(command: str, preset: Preset, name: str) -> dict[str, Any]:
     """
     run = Path("runs") / name
     reward, policy, bench = str(run / "reward"), str(run / "apa"), str(run / "bench")
-    data = {"model": preset.model, "data": preset.data, "rows": preset.rows}
+    data = {"model": preset.model, "data": preset.data}
+    data |= {"rows": preset.rows, "half": preset.half}
     apa = {key: value for key, value in preset.apa.items() if key != "base"}
     tokens = preset.evaluation.get("max_new_tokens", 64)
     models = [

@@ -48,6 +48,7 @@ class Settings:
     apa: dict[str, Any]
     evaluation: dict[str, Any]
     rows: int | None = None  # only the first rows of the training split
+    half: str | None = None  # of the training split; the other one teaches `gold_model`
     gflops: float = field(default=0.0, compare=False)  # what the probe measured
     reduced: bool = field(default=False, compare=False)  # sizes of the slow machine
 
@@ -56,7 +57,8 @@ class Settings:
         with warnings.catch_warnings():
             # Said once, by whoever loads the set to look at it (notebook 01).
             warnings.filterwarnings("ignore", ".*identical answers")
-            dataset = load_rankings(self.data, split)
+            half = self.half if split == "train" else None
+            dataset = load_rankings(self.data, split, half=half)
         return dataset.select(range(min(self.rows or len(dataset), len(dataset))))
 
     def reward_config(self, output_dir: Path | str, **overrides) -> KwiseRewardConfig:
@@ -78,6 +80,7 @@ class Settings:
             "model": self.model,
             "seed": self.seed,
             "rows": self.rows,
+            "half": self.half,
             "precision": models.precision(),
             "settings": {name: getattr(self, name) for name in stages},
             "data": _digest(_data_files(self.data)),
@@ -212,6 +215,20 @@ def reward_model(settings: Settings, fresh: bool = False) -> Path:
         save_trained(trainer, folder)
 
     return keep("reward_model", settings, build, "(about 3 minutes)", fresh)
+
+
+def gold_model(settings: Settings, fresh: bool = False) -> Path:
+    """Folder of a second reward model, which no policy is trained against.
+
+    It learns from the other half of the rankings with another seed. Raises ValueError
+    where the preset names no half: a judge from the same rankings would share its errors.
+    """
+    if settings.half is None:
+        raise ValueError("gold_model: the preset has no `half`; set it to A or B")
+    other = {"A": "B", "B": "A"}[settings.half]
+    return reward_model(
+        dataclasses.replace(settings, half=other, seed=settings.seed + 1), fresh
+    )
 
 
 def reward_trainer(settings: Settings, folder: Path) -> KwiseRewardTrainer:

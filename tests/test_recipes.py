@@ -58,6 +58,7 @@ def test_the_fingerprint_covers_what_decides_the_weights(monkeypatch, tmp_path):
     others = [
         policy_only,
         load_settings("tiny", seed=1, **base),
+        load_settings("tiny", half="B", **base),
         load_settings("tiny", **base, model="other"),
         load_settings("tiny", **base, rows=3),
         load_settings("tiny", **base, reward={"learning_rate": 1}),
@@ -134,3 +135,17 @@ def test_key_figures_are_shown_and_machine_readable():
     assert "&lt;b&gt;" in bundle["text/html"]
     plain = bundle[recipes.FIGURES_MIME]
     assert json.loads(json.dumps(plain))["figures"]["share"] == 0.25
+
+
+def test_the_gold_model_learns_from_the_other_half_with_another_seed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(recipes, "reward_model", lambda *a: asked.append(a))
+    settings = load_settings("small", seed=3)
+    recipes.gold_model(settings)
+    (gold, fresh), own = asked[0], set(settings.rankings("train")["id"])
+    assert (gold.half, gold.seed, fresh) == ("B", 4, False)
+    assert own.isdisjoint(gold.rankings("train")["id"]) and own
+    assert gold.rankings("test")["id"] == settings.rankings("test")["id"]
+    assert gold.fingerprint("reward_model") != settings.fingerprint("reward_model")
+    with pytest.raises(ValueError, match="no `half`; set it to A or B"):
+        recipes.gold_model(load_settings("small", half=None))
