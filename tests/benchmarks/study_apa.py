@@ -3,11 +3,12 @@
     python tests/benchmarks/study_apa.py [--seeds 3] [--only apa-paper ppo …]
     python tests/benchmarks/study_apa.py --smoke     every method, random tiny model
 
-Proxy and gold reward model: the rankings of half A and of half B, other seeds. Every
-method sees half A's prompts; the online ones sample equally many responses and all make
-equally many updates of the last four layers. Its learning rate is the best of a grid on
-half B's prompts, by the proxy (seed 0); that rate then runs with every seed. Measured on
-the 37 test prompts, four samples each. Ablations change one setting of `apa-small`.
+Proxy and gold reward model are those of the preset (notebooks 02 and 03): the rankings of
+half A and of half B, other seeds. Every method sees half A's prompts; the online ones
+sample equally many responses, and all make equally many updates of the last four layers.
+A method's learning rate is the best of a grid on 20 prompts of half B, by the proxy (seed
+0); that rate then runs with every seed. Measured on the 37 test prompts, four samples
+each. Ablations change one setting of `apa-small`.
 
 A run appends a line to `data/studies/policies.jsonl`, so a stopped study goes on;
 `--table` prints what is there.
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-MODEL = "smollm2-135m"
+PRESET, MODEL = "small", "smollm2-135m"
 RESULTS = Path(__file__).resolve().parents[2] / "data/studies/policies.jsonl"
 LAYERS, SAMPLES, RESPONSES, BATCH = 4, 4, 32, 8
 # Sizes that all online methods share: 5 iterations of 32 responses, 8 updates on each.
@@ -66,37 +67,6 @@ ABLATIONS = {
 
 
 # --- reward models
-
-
-def reward_folder(half: str, seed: int) -> Path:
-    """A reward model of one half of nectar_mini, trained once and kept."""
-    from starling_lib.models import cache_dir
-    from starling_lib.rankings import load_rankings
-    from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
-
-    folder = cache_dir() / "studies" / f"{MODEL}-reward-{half}-{seed}"
-    if (folder / "config.json").exists():
-        return folder
-    with tempfile.TemporaryDirectory() as scratch:
-        args = KwiseRewardConfig.for_this_machine(
-            output_dir=scratch,
-            num_layers_unfrozen=1 if MODEL == "tiny" else 8,
-            cache_trunk=True,
-            num_train_epochs=3,
-            per_device_train_batch_size=4,
-            learning_rate=1e-4,
-            warmup_steps=3,
-            max_length=512,
-            seed=seed,
-            save_strategy="no",
-            logging_steps=1000,
-            disable_tqdm=True,
-        )
-        rows = load_rankings(split="train", half=half)
-        trainer = KwiseRewardTrainer(MODEL, args, rows)
-        trainer.train()
-        trainer.save_model(str(folder))
-    return folder
 
 
 def scorer(folder: Path):
@@ -236,7 +206,9 @@ class Lab:
     def __init__(self):
         from starling_lib.models import cache_dir, load_policy, load_tokenizer
         from starling_lib.rankings import load_rankings
+        from starling_lib.recipes import gold_model, load_settings, reward_model
 
+        settings = load_settings(PRESET)
         self.tokenizer = load_tokenizer(MODEL)
         self.reference = load_policy(MODEL).eval()
         # RLOO and DPO load their reference from the folder the policy came from.
@@ -244,8 +216,8 @@ class Lab:
         if not (self.start / "config.json").exists():
             self.reference.save_pretrained(self.start)
             self.tokenizer.save_pretrained(self.start)
-        self.proxy = scorer(reward_folder("A", 0))
-        self.gold = scorer(reward_folder("B", 1))
+        self.proxy = scorer(reward_model(settings))
+        self.gold = scorer(gold_model(settings))
         self.train = half_a().select_columns("prompt")
         self.test = load_rankings(split="test")["prompt"]
         self.validation = load_rankings(split="train", half="B")["prompt"][:20]
@@ -387,8 +359,8 @@ def table(runs: list[dict]) -> pd.DataFrame:
 
 def smoke() -> None:
     """Small enough that every line runs in a minute; nothing is kept."""
-    global MODEL, LAYERS, RESULTS
-    MODEL, LAYERS = "tiny", 1
+    global PRESET, MODEL, LAYERS, RESULTS
+    PRESET, MODEL, LAYERS = "tiny", "tiny", 1
     SHARED.update(max_steps=8, num_layers_unfrozen=1, max_new_tokens=16)
     RESULTS = Path(tempfile.mkdtemp()) / "studies" / "policies.jsonl"
 
