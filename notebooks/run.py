@@ -43,7 +43,12 @@ FIGURES_MIME = "application/vnd.starling.figures+json"
 PRESETS = ("small", "tiny")
 # Minutes on two cores, with fast bf16 and without; longer is a warning, not a failure.
 BUDGETS = {"01_nectar": 1.5, "02_reward_model": 5, "03_apa": 7, "04_evaluation": 4}
-SLOW_BUDGETS = {"01_nectar": 2, "02_reward_model": 12, "03_apa": 15, "04_evaluation": 7}
+SLOW_BUDGETS = {
+    "01_nectar": 1,
+    "02_reward_model": 9.5,
+    "03_apa": 13,
+    "04_evaluation": 6.5,
+}
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "scipy")
 INLINE_FIGURES = "module://matplotlib_inline.backend_inline"
 

@@ -277,7 +277,7 @@ def test_chat_from_a_pipe(tmp_path):
 def run_folder(path, **changes) -> Path:
     """What `apa` leaves, without the weights."""
     run = {"model": "openchat/openchat_3.5", "data": "berkeley-nest/Nectar", "seed": 1}
-    run |= {"reward_model": "/home/me/rm", "trainer": {"loss_type": "ppo"}} | changes
+    run |= {"reward_model": "/srv/me/rm", "trainer": {"loss_type": "ppo"}} | changes
     path.mkdir()
     (path / "recipe.json").write_text(json.dumps(run))
     log = [{"loss": 1}, {"kl": 0.0, "reward": 1.0}, {"kl": 2.0, "reward": 3.0}]
@@ -293,7 +293,7 @@ def test_conditions_of_nectar_and_openchat_go_on(folder):
     assert card.count("not used to compete with OpenAI") == 3  # matter, data, model
     assert "OpenAI's terms apply" in card and "English only." in card
     assert "| reward | 1.000 | 3.000 |" in card and "| kl | 0.000 | 2.000 |" in card
-    assert "PPO" in card and "/home/me" not in card and "model `rm` by" in card
+    assert "PPO" in card and "/srv/me" not in card and "model `rm` by" in card
     assert "base_model: openchat/openchat_3.5" in card
 
 
