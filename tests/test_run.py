@@ -348,7 +348,7 @@ def test_a_machine_without_fast_bf16_has_more_time(tmp_path, machine, monkeypatc
     monkeypatch.setattr(run, "run_notebook", note)
     places = ["--out", str(tmp_path / "runs"), "--only", "02"]
     assert run.main(places) == 0
-    assert times["02_reward_model"]["02_reward_model"] == 12  # `machine` is fp32
+    assert times["02_reward_model"] == run.SLOW_BUDGETS != run.BUDGETS  # it is fp32
     assert sum(run.SLOW_BUDGETS.values()) <= 30 and sum(run.BUDGETS.values()) <= 20
 
 
