@@ -49,6 +49,7 @@ from starling_lib.policy_rewards import (
 )
 from starling_lib.rankings import map_rows
 from starling_lib.rollouts import (
+    TOKEN_FIELDS,
     Rollout,
     encode_prompt,
     given_responses,
@@ -72,7 +73,6 @@ __all__ = [
     "token_rewards",
     "top_states",
 ]
-TOKEN_FIELDS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
 
 
 @dataclass
@@ -154,7 +154,7 @@ class APAConfig(TrainingArguments):
     )
     kl_horizon: float = field(
         default=10_000,
-        metadata={"help": "Responses in which kl_coef may change e-fold."},
+        metadata={"help": "Responses in which kl_coef moves by a fifth at most."},
     )
     scale_reward: str = field(
         default="running",

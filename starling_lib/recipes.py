@@ -54,12 +54,8 @@ class Settings:
 
     def rankings(self, split: str):
         """The preset's rankings, cut to `rows` where the preset says so."""
-        with warnings.catch_warnings():
-            # Said once, by whoever loads the set to look at it (notebook 01).
-            warnings.filterwarnings("ignore", ".*identical answers")
-            half = self.half if split == "train" else None
-            dataset = load_rankings(self.data, split, half=half)
-        return dataset.select(range(min(self.rows or len(dataset), len(dataset))))
+        half = self.half if split == "train" else None
+        return first_rankings(self.data, split, self.rows, half)
 
     def reward_config(self, output_dir: Path | str, **overrides) -> KwiseRewardConfig:
         """Arguments of the reward trainer, writing to `output_dir`."""
@@ -88,6 +84,17 @@ class Settings:
         }
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def first_rankings(
+    data: str, split: str, rows: int | None = None, half: str | None = None
+) -> Dataset:
+    """The first `rows` rankings (None: all) of a split, or of one half of it."""
+    with warnings.catch_warnings():
+        # Said once, by whoever loads the set to look at it (notebook 01).
+        warnings.filterwarnings("ignore", ".*identical answers")
+        dataset = load_rankings(data, split, half=half)
+    return dataset.select(range(min(rows or len(dataset), len(dataset))))
 
 
 def reward_config(

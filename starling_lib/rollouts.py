@@ -19,6 +19,8 @@ from starling_lib.generation import generate_rows, left_pad
 from starling_lib.models import inference
 
 Messages = list[dict[str, str]]
+# The tensors of a rollout that a model needs, as `response_inputs` takes them.
+TOKEN_FIELDS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
 
 
 @dataclass
@@ -251,8 +253,7 @@ def sequence_logprobs(
 
 
 def _batch_logprobs(policy: PreTrainedModel, part: Rollout) -> Tensor:
-    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
-    tensors = {name: getattr(part, name).to(policy.device) for name in names}
+    tensors = {name: getattr(part, name).to(policy.device) for name in TOKEN_FIELDS}
     inputs = response_inputs(**tensors)
     hidden = policy.base_model(**inputs, use_cache=False).last_hidden_state
     mask = tensors["response_mask"]

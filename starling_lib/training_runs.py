@@ -5,11 +5,9 @@ which recipe it was made. Does not know: how anything is trained.
 """
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -26,7 +24,6 @@ from starling_lib.models import (
     load_tokenizer,
     resolve,
 )
-from starling_lib.rankings import load_rankings
 from starling_lib.recipe_files import (
     RecipeError,
     check_arguments,
@@ -35,6 +32,7 @@ from starling_lib.recipe_files import (
 )
 from starling_lib.recipes import (
     apa_config,
+    first_rankings,
     report_reward_model,
     reward_config,
     save_trained,
@@ -59,11 +57,15 @@ def train_reward_model(recipe: RewardRecipe) -> Path:
     peft_config = lora_config(recipe.lora, "SEQ_CLS")
     if is_finished(recipe, folder):
         return folder
-    held_out = recipe.eval_split and _rankings(recipe, recipe.eval_split)
+    held_out = recipe.eval_split and first_rankings(
+        recipe.data, recipe.eval_split, recipe.rows
+    )
     trainer = KwiseRewardTrainer(
         model=recipe.model,
         args=args,
-        train_dataset=_rankings(recipe, recipe.split, recipe.half),
+        train_dataset=first_rankings(
+            recipe.data, recipe.split, recipe.rows, recipe.half
+        ),
         eval_dataset=held_out,
         processing_class=tokenizer_of(recipe.model, recipe.pad_token),
         peft_config=peft_config,
@@ -90,7 +92,9 @@ def train_policy(recipe: APARecipe) -> Path:
         model=recipe.model,
         reward_funcs=reward_model,
         args=args,
-        train_dataset=_rankings(recipe, recipe.split, recipe.half),
+        train_dataset=first_rankings(
+            recipe.data, recipe.split, recipe.rows, recipe.half
+        ),
         processing_class=tokenizer_of(recipe.model, recipe.pad_token),
         reward_processing_classes=[reward_tokenizer],
         peft_config=peft_config,
@@ -152,15 +156,6 @@ def tokenizer_of(model: str, pad_token: str | None) -> PreTrainedTokenizerBase:
         raise RecipeError(f"pad_token: {pad_token!r} is EOS or no token of {model}")
     tokenizer.pad_token = pad_token
     return tokenizer
-
-
-def _rankings(
-    recipe: RewardRecipe | APARecipe, split: str, half: str | None = None
-) -> Dataset:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*identical answers")  # known of Nectar
-        dataset = load_rankings(recipe.data, split, half=half)
-    return dataset.select(range(min(recipe.rows or len(dataset), len(dataset))))
 
 
 # --- models that other commands made

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from bench_rollout import reward_function
 
 PRESET, MODEL = "small", "smollm2-135m"
 RESULTS = Path(__file__).resolve().parents[2] / "data/studies/policies.jsonl"
@@ -76,20 +77,6 @@ def scorer(folder: Path):
 
     tokenizer = load_tokenizer(folder)
     return partial(score_responses, load_reward_model(folder, tokenizer), tokenizer)
-
-
-def reward_function(score, eos: int):
-    """The same as a reward function of TRL and of APATrainer."""
-
-    def proxy(
-        prompts, completions, completion_ids=None, completion_finished=None, **rest
-    ):
-        texts = [completion[-1]["content"] for completion in completions]
-        if completion_finished is None:  # TRL gives token ids instead
-            completion_finished = [ids[-1] == eos for ids in completion_ids]
-        return score(prompts, texts, completion_finished).tolist()
-
-    return proxy
 
 
 # --- training, each → the tuned policy and its curve
