@@ -191,6 +191,8 @@ def report_sections(
     if tables.wins:
         wins = {judge: _win_table(table) for judge, table in tables.wins.items()}
         sections.append(Section("Wins, ties and losses", [WINS], wins))
+    if tables.ratings is not None:
+        sections.append(_rating_section(tables.ratings))
     if tables.swaps is not None:
         sections.append(_order_section(found, tables))
     if tables.agreement is not None:
@@ -219,6 +221,10 @@ WINS = (
     "From scores of single answers (ratings within 0.1 tie), or from pairs judged in "
     "both orders, where a conflict is a tie. The adjusted rate counts a tie half."
 )
+RATINGS = (
+    "Bradley-Terry strengths on Elo's scale, 1000 on average, fitted to all pairs; one "
+    "virtual tie a pair of models keeps the rating of one that never lost finite."
+)
 AGREEMENT = (
     "Whether two judges prefer the same model, with and without ties. κ takes off what "
     "chance would give."
@@ -240,6 +246,9 @@ def _score_section(found: Comparison, tables: Tables, judge: str) -> Section:
     categories = [part for part in scores.index.unique("part") if part in parts]
     if not reward and categories:
         figures["Mean score by category"] = plots.category_scores(scores, categories)
+    if not reward and len(categories) > 2:  # fewer make no polygon
+        profile = scores["score"].unstack("part").reindex(scores.index.unique("model"))
+        figures["Profile"] = plots.category_radar(profile, categories)
     if not differences.empty:
         shown["Differences"] = _difference_table(differences, digits)
         figures["Differences"] = plots.score_differences(differences, unit)
@@ -278,6 +287,16 @@ def _win_table(table: pd.DataFrame) -> pd.DataFrame:
     for name in ("win_rate", "adjusted_win_rate"):
         shown[name.replace("_", " ")] = table.apply(_interval, axis=1, args=(name, 2))
     return shown.rename(columns={"error": "failed"}).reset_index()
+
+
+def _rating_section(ratings: pd.DataFrame) -> Section:
+    """Ratings of all models in one order."""
+    shown = ratings[["model", "games"]].astype(str)
+    names = ["rating", "rating_low", "rating_high"]
+    low_high = ratings[names].set_axis(["rating", "low", "high"], axis=1)
+    shown["rating"] = low_high.apply(_interval, axis=1, args=("rating", 0))
+    figure = {"Ratings": plots.bradley_terry(ratings)}
+    return Section("Ratings from pairs", [RATINGS], {"": shown}, figure)
 
 
 def _order_section(found: Comparison, tables: Tables) -> Section:

@@ -18,6 +18,7 @@ from starling_lib.bench_files import REWARD, Answers, answer_turns
 from starling_lib.bench_scores import compare_scores, run_to_run, score_intervals
 from starling_lib.journal import Row
 from starling_lib.win_rates import (
+    bradley_terry,
     games_from_judgments,
     pairwise_table,
     position_bias_test,
@@ -57,14 +58,16 @@ class Comparison:
 class Tables:
     """All figures of a report. By judge where they are dicts; None: nothing to say.
 
-    `wins`: also "<judge>, in pairs". `position`: how often the place decided, and the
-    p-value of the sign test that the first is not favoured.
+    `wins`: also "<judge>, in pairs". `ratings`: of three and more models compared in
+    pairs, with one virtual tie a pair, which keeps them finite. `position`: how often
+    the place decided, and the p-value of the sign test that the first is not favoured.
     """
 
     scores: dict[str, pd.DataFrame]
     differences: dict[str, pd.DataFrame]
     spread: dict[str, pd.DataFrame]
     wins: dict[str, pd.DataFrame]
+    ratings: pd.DataFrame | None
     swaps: pd.DataFrame | None
     position: dict[str, float] | None
     agreement: pd.DataFrame | None
@@ -93,6 +96,7 @@ def comparison_tables(found: Comparison) -> Tables:
         differences={j: _differences(found, frame) for j, frame in scored.items()},
         spread={judge: run_to_run(frame) for judge, frame in repeated.items()},
         wins=_wins(found, votes),
+        ratings=_ratings(found),
         swaps=swaps,
         position=position,
         agreement=_agreement(votes),
@@ -137,6 +141,16 @@ def _wins(found: Comparison, votes: dict[str, pd.DataFrame]) -> dict[str, pd.Dat
         judge = found.pairs["judge"].iloc[0]
         games[f"{judge}, in pairs"] = games_from_judgments(found.pairs)
     return {name: pairwise_table(game, found.baseline) for name, game in games.items()}
+
+
+def _ratings(found: Comparison) -> pd.DataFrame | None:
+    """`bradley_terry` of what was judged in pairs; two models have their win rate."""
+    if found.pairs is None or len(found.answers) < 3:
+        return None
+    games = games_from_judgments(found.pairs)
+    if (games["winner"] == "error").all():
+        return None
+    return bradley_terry(games, virtual_ties=1)
 
 
 def _swaps(found: Comparison) -> tuple[pd.DataFrame | None, dict[str, float] | None]:

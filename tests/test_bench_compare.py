@@ -147,6 +147,27 @@ def test_figures_are_those_of_the_public_functions(tmp_path):
     assert "could be noise on 3 questions" in (tmp_path / "report.md").read_text()
 
 
+def test_three_models_get_ratings_and_three_categories_a_profile(tmp_path):
+    third = [*QUESTIONS[:2], {**QUESTIONS[2], "category": "stem"}]
+    given = {name: answers_of(name, questions=third) for name in ("a", "b", "c")}
+    judge = Scripted(
+        lambda prompt: (
+            "[[A]]"
+            if "Assistant A" in prompt or "of assistant A" in prompt
+            else "[[5]]"
+        )
+    )
+    made = compare(
+        given, third, judge, output=tmp_path, pairs=True, resamples=30, progress=False
+    )
+    rated = made.report["ratings"]
+    # Whoever stands first wins, so that every model wins every second game.
+    assert [r["games"] for r in rated] == [20, 20, 20]
+    assert [r["rating"] for r in rated] == pytest.approx([1000] * 3)
+    page = (tmp_path / "report.html").read_text()
+    assert "Ratings from pairs" in page and 'alt="Profile"' in page
+
+
 def test_pairs_in_both_orders(tmp_path):
     made = compared(tmp_path, judge=Scripted(by_name), pairs=True)
     wins = made.report["wins"]["scripted, in pairs"]

@@ -4,9 +4,10 @@
 
 An iteration samples 64 responses of up to 64 tokens, scores them with the same reward
 model and makes the same number of updates on them, with a KL term, the same precision and
-no gradient checkpointing. Beside it sampling alone, ours and plain `generate`. Every
-measurement is a process of its own; the variants take turns. Prints a table and writes
-`results/rollout.json`.
+no gradient checkpointing. Beside it sampling alone, ours and plain `generate`, and for its
+memory one update of a whole policy, nothing else held. Every measurement is a process of
+its own; the variants take turns. Prints a table and writes `results/rollout.json`; memory
+is the peak over what the imports alone take.
 """
 
 import argparse
@@ -30,6 +31,7 @@ VARIANTS = {
     "rloo-all": ("RLOO, all layers", None),
     "sample": ("sampling alone, ours", None),
     "generate": ("sampling alone, plain generate", None),
+    "copy": ("an update of the whole policy alone", None),
 }
 
 
@@ -187,15 +189,46 @@ def sampling(plain: bool, responses: int) -> float:
     return seconds
 
 
-def measure(variant: str, responses: int) -> dict[str, float]:
-    """One measurement in this process."""
+def full_update() -> float:
+    """Seconds of the second of two updates of all weights, on a batch of like size."""
+    import torch
+
+    from starling_lib.models import autocast, load_policy
+
+    policy = load_policy(MODEL)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+    ids = torch.randint(0, policy.config.vocab_size, (BATCH, 2 * NEW_TOKENS))
+    for _ in range(2):  # the first makes Adam's moments
+        start = time.perf_counter()
+        with autocast():
+            out = policy(input_ids=ids, logits_to_keep=NEW_TOKENS + 1, use_cache=False)
+        logits = out.logits[:, :-1].float().flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, -NEW_TOKENS:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def peak_gib() -> float:
     import resource
 
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(variant: str, responses: int) -> dict[str, float]:
+    """One measurement in this process."""
+    import trl.trainer.rloo_trainer  # noqa: F401  so that all variants import the same
+
+    import starling_lib.apa  # noqa: F401
     from starling_lib.models import precision
 
-    layers = VARIANTS[variant][1]
+    layers, imported = VARIANTS[variant][1], peak_gib()
     with tempfile.TemporaryDirectory() as folder:
-        if variant in ("sample", "generate"):
+        if variant == "copy":
+            seconds, responses = full_update(), BATCH
+        elif variant in ("sample", "generate"):
             seconds = sampling(variant == "generate", responses)
         else:
             run = apa_iteration if variant.startswith("ours") else rloo_iteration
@@ -203,7 +236,7 @@ def measure(variant: str, responses: int) -> dict[str, float]:
     return {
         "seconds": seconds,
         "samples_per_second": responses / seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib() - imported,
         "precision": precision(),
     }
 

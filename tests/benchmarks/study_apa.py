@@ -17,6 +17,7 @@ A run appends a line to `data/studies/policies.jsonl`, so a stopped study goes o
 import argparse
 import json
 import tempfile
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -304,7 +305,10 @@ def plan(methods: list[str], seeds: int):
 
 def run(lab: Lab, method: str, settings: dict, rate: float, seed: int) -> dict:
     """Tune, measure, and the line to be kept. A collapse is a result, too."""
+    from starling_lib.models import precision
+
     line = {"method": method, "learning_rate": rate, "seed": seed}
+    line |= {"date": date.today().isoformat(), "precision": precision()}
     policy, curve = lab.reference, []
     if method != "start":
         try:
