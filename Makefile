@@ -5,6 +5,7 @@ VENV     ?= .venv
 PRESET   ?= small
 PIP_ARGS ?=
 ARGS     ?=
+REPO     ?=
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -14,7 +15,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv run test test-slow bench-reward bench-losses bench-apa \
-        bench-rollout lab lint format freeze clean
+        bench-rollout lab lint format freeze badges clean
 
 help:  ## list the targets
 	@echo 'Usage: make TARGET [VARIABLE=value ...]'
@@ -22,6 +23,7 @@ help:  ## list the targets
 	@echo 'Variables:'
 	@echo '  PRESET     small (default) or tiny'
 	@echo '  ARGS       more options of notebooks/run.py, e.g. ARGS="--only 01 02"'
+	@echo '  REPO       owner/name on GitHub, for make badges'
 	@echo '  PYTHON     the Python 3.11+ that makes the environment (python3)'
 	@echo '  PIP_ARGS   extra options for pip install, e.g. an index of CPU builds'
 
@@ -95,6 +97,11 @@ freeze:  ## write requirements.txt and environment.yml from .venv
 	  grep -v '^#' requirements.txt | sed 's/^/      - /'; } > environment.yml.tmp
 	@mv environment.yml.tmp environment.yml
 	@if [ -f $(STAMP) ]; then touch $(STAMP); fi
+
+# pyproject.toml gets another address, nothing that would have to be installed anew.
+badges: $(STAMP)  ## point badges and links at a repository: REPO=owner/name
+	@$(PY) notebooks/badges.py '$(REPO)'
+	@touch $(STAMP)
 
 clean:  ## remove caches and build leftovers; .venv and runs/ stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info *.tmp

@@ -1,14 +1,15 @@
 """What is installed, what is bundled, and the shape of the committed notebooks."""
 
 import ast
+import doctest
 import re
-import subprocess
+import shutil
 import sys
 import tomllib
-import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import badges
 import nbformat
 import pytest
 import run
@@ -41,6 +42,7 @@ def requirements() -> list[str]:
 
 
 def declared() -> list[Requirement]:
+    """What the package asks for, in itself and by its extras."""
     groups = [PROJECT["dependencies"], *EXTRAS.values()]
     return [Requirement(text) for group in groups for text in group]
 
@@ -121,49 +123,118 @@ def test_the_runner_offers_the_bundled_presets():
     assert {path.stem for path in recipes} == set(run.PRESETS)
 
 
-@pytest.mark.slow
-def test_an_installed_wheel_brings_its_data(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True)
-    (wheel,) = tmp_path.glob("starling_cookbook-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        archive.extractall(tmp_path / "site")
-    package = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "starling_lib").rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
-    }
-    assert "starling_lib/recipes/small.yaml" in package
-    assert package <= names
-    bundled = {
-        f"starling_lib/{path.relative_to(ROOT).as_posix()}"
-        for path in (ROOT / "data").rglob("*")
-        if path.is_file()
-    }
-    assert "starling_lib/data/nectar_mini/train.jsonl" in bundled
-    assert bundled <= names
-    assert not [
-        name for name in names if name.startswith(("tests", "notebooks", "data"))
-    ]
-    code = (
-        "from starling_lib.rankings import data_path, load_rankings\n"
-        "print(data_path('nectar_mini')); assert len(load_rankings(split='test')) == 37"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env={"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert Path(shown.strip()) == tmp_path / "site" / "starling_lib/data/nectar_mini"
-
-
 def test_an_editable_install_reads_the_data_in_place():
     assert data_path("nectar_mini") == ROOT / "data" / "nectar_mini"
+
+
+# --- the repository's address
+
+
+REPOSITORY = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
+
+
+def opened_by(path: Path) -> tuple[str, str]:
+    """Repository and file that the badge in a notebook's first cell opens."""
+    colab = r"colab\.research\.google\.com/github/([\w-]+/[\w.-]+)/blob/main/([^)\s]+)"
+    (found,) = re.findall(colab, read(path).cells[0].source)
+    return found
+
+
+def fetched_by(path: Path) -> str:
+    """The repository that a notebook's guarded cell installs from."""
+    (cell,) = [c for c in run.code_cells(read(path)) if "%pip install" in c.source]
+    assert 'if importlib.util.find_spec("starling_lib") is None:' in cell.source
+    (found,) = re.findall(r'git\+https://github\.com/([\w-]+/[\w.-]+)"', cell.source)
+    return found
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The files that name the repository, to be changed at will."""
+    for path in badges.files_of(ROOT):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    return tmp_path
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in badges.files_of(root)}
+
+
+def test_links_of_the_readme_are_to_the_repository():
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"git\+https://github\.com/([\w-]+/[\w.-]*\w)", text)
+    assert set(found) == {REPOSITORY}
+
+
+def test_badges_point_everything_at_one_repository(copy, capsys):
+    before = contents(copy)
+    assert badges.main(["ada/cook.book", "--root", str(copy)]) == 0
+    after = contents(copy)
+    for path, data in after.items():
+        # Nothing but the name differs, so the JSON is laid out as before.
+        name = REPOSITORY.encode()
+        assert data == before[path].replace(name, b"ada/cook.book"), path
+        assert name not in data
+    project = tomllib.loads(after[copy / "pyproject.toml"].decode())["project"]
+    assert project["urls"]["Repository"] == "https://github.com/ada/cook.book"
+    assert project["name"] == PROJECT["name"]
+    for path in NOTEBOOKS:
+        path = copy / "notebooks" / path.name
+        assert opened_by(path) == ("ada/cook.book", f"notebooks/{path.name}")
+        assert fetched_by(path) == "ada/cook.book"
+    assert b"git+https://github.com/ada/cook.book" in after[copy / "README.md"]
+
+    capsys.readouterr()
+    times = [path.stat().st_mtime_ns for path in after]
+    assert badges.main(["ada/cook.book", "--root", str(copy)]) == 0
+    assert capsys.readouterr().out == "ada/cook.book: nothing to change\n"
+    assert [path.stat().st_mtime_ns for path in after] == times
+    assert badges.main([REPOSITORY, "--root", str(copy)]) == 0
+    assert contents(copy) == before
+
+
+def test_badges_mend_what_has_drifted(copy):
+    wanted = contents(copy)
+    path = copy / "notebooks" / NOTEBOOKS[0].name
+    name = REPOSITORY.encode()
+    drifted = wanted[path].replace(b"github/" + name, b"github/eve/old.book")
+    drifted = drifted.replace(b"notebooks/" + path.name.encode(), b"old/name.ipynb")
+    assert drifted != wanted[path]
+    path.write_bytes(drifted)
+    readme = copy / "README.md"
+    others = b"\nhttps://github.com/lm-sys/FastChat, github.com/%b-2.\r\n" % name
+    readme.write_bytes(wanted[readme] + others + b"github.com/eve/old.book.git\n")
+    assert badges.main([REPOSITORY, "--root", str(copy)]) == 0
+    wanted[readme] += others + b"github.com/%b.git\n" % name
+    assert contents(copy) == wanted
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "owner/name", "ada", "ada/a/b", "https://github.com/ada/b", "ada/b.git"]
+    + ["ada/b c", "ada/.", "ada/b\n"],
+)
+def test_badges_change_nothing_for_a_bad_name(copy, name, capsys):
+    before = contents(copy)
+    assert badges.main([name, "--root", str(copy)]) == 2
+    assert "expected owner/name" in capsys.readouterr().err
+    assert contents(copy) == before
+
+
+def test_badges_change_nothing_where_a_notebook_lacks_one(copy, capsys):
+    path = copy / "notebooks" / NOTEBOOKS[-1].name
+    path.write_bytes(path.read_bytes().replace(b"colab-badge.svg", b"other.svg"))
+    before = contents(copy)
+    assert badges.main(["ada/cookbook", "--root", str(copy)]) == 2
+    assert f"{path.name}: expected one Colab badge" in capsys.readouterr().err
+    assert contents(copy) == before
+
+
+def test_the_example_of_the_badges():
+    found = doctest.testmod(badges)
+    assert found.attempted and not found.failed
 
 
 # --- notebooks
@@ -201,10 +272,13 @@ def test_parameters_default_to_the_small_preset(path):
 
 @each_notebook
 def test_badges_open_this_very_notebook(path):
-    colab = r"colab\.research\.google\.com/github/([\w-]+/[\w-]+)/blob/main/([^)\s]+)"
-    ((repository, file),) = re.findall(colab, read(path).cells[0].source)
-    assert repository.endswith("/starling-cookbook")
-    assert file == f"notebooks/{path.name}"
+    assert opened_by(path) == (REPOSITORY, f"notebooks/{path.name}")
+    assert (ROOT / opened_by(path)[1]).samefile(path)
+
+
+@each_notebook
+def test_install_cells_fetch_from_the_repository(path):
+    assert fetched_by(path) == REPOSITORY
 
 
 @each_notebook
