@@ -1,4 +1,4 @@
-"""Execute notebooks 01-04 in order and report their key figures (`make run`).
+"""Execute notebooks 01-05 in order and report their key figures (`make run`).
 
 Knows: notebooks, kernels, the `parameters` cell, the mime type of key figures, reports.
 Does not know: what a notebook computes.
@@ -42,12 +42,19 @@ FOLDER = Path(__file__).resolve().parent
 FIGURES_MIME = "application/vnd.starling.figures+json"
 PRESETS = ("small", "tiny")
 # Minutes on two cores, with fast bf16 and without; longer is a warning, not a failure.
-BUDGETS = {"01_nectar": 1.5, "02_reward_model": 5, "03_apa": 7, "04_evaluation": 4}
+BUDGETS = {
+    "01_nectar": 1.5,
+    "02_reward_model": 5,
+    "03_apa": 7,
+    "04_evaluation": 4,
+    "05_full_scale": 2,
+}
 SLOW_BUDGETS = {
     "01_nectar": 1,
     "02_reward_model": 9.5,
     "03_apa": 13,
     "04_evaluation": 6.5,
+    "05_full_scale": 3,
 }
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "scipy")
 INLINE_FIGURES = "module://matplotlib_inline.backend_inline"
@@ -61,12 +68,12 @@ class NotebookError(ValueError):
 
 
 def select_notebooks(folder: Path, only: Iterable[str] = ()) -> list[Path]:
-    """Return the notebooks whose names start with `only` (default 01 to 04), in order.
+    """Return the notebooks whose names start with `only` (default 01 to 05), in order.
 
     Raises NotebookError for a number that no notebook has.
     """
     chosen = []
-    for number in sorted(set(only)) or ["01", "02", "03", "04"]:
+    for number in sorted(set(only)) or ["01", "02", "03", "04", "05"]:
         found = sorted(folder.glob(f"{number}_*.ipynb"))
         if not found:
             raise NotebookError(f"no notebook {number}_*.ipynb in {folder.name}/")

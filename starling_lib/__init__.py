@@ -37,10 +37,12 @@ PUBLIC = {
     "scoring": ("score_responses",),
     "pessimism": ("PessimisticReward",),
     "reward": ("KwiseRewardConfig", "KwiseRewardTrainer"),
+    "vote_panel": ("VoteSession", "VotePanel"),
     "judges": (
         *("OpenAIJudge", "LocalJudge", "RewardJudge", "RecordedJudge"),
         "JudgeError",
     ),
+    "served_rollouts": ("ServedSampler",),
     "ranking_prompt": ("parse_ranking",),
     "labeling": ("sample_responses", "rank_responses", "to_rankings"),
     "mt_bench": (

@@ -21,6 +21,7 @@ from starling_lib.rollouts import (
     token_entropy,
     token_logprobs,
 )
+from starling_lib.sharding import FirstShards, is_sharded
 from starling_lib.trunk import freeze_below, try_split_trunk
 
 
@@ -29,7 +30,8 @@ class ActorCritic(nn.Module):
 
     The critic is a head on the policy's last hidden state or, with `separate`, on its own
     copy of the trained layers. Frozen lower layers run once an iteration
-    (`trunk_states`); sampling always uses the whole policy.
+    (`trunk_states`), but not of a policy sharded at loading; sampling always uses the
+    whole policy. Raises ValueError for a copy of what is sharded.
     """
 
     def __init__(
@@ -41,13 +43,19 @@ class ActorCritic(nn.Module):
         adapted: bool = False,
     ):
         super().__init__()
+        if separate and is_sharded(policy):
+            raise ValueError(
+                "separate_value_model=True copies layers, which a policy sharded at "
+                "loading does not allow: use False"
+            )
         if not adapted:  # adapters have frozen what they do not train
             freeze_below(policy, num_layers_unfrozen)
         use_fast_backward(policy)
         self.policy = policy
         self.value_head = value_head or ValueHead(policy.config.hidden_size)
         # In a tuple, so that the shared layers are not registered (and saved) twice.
-        self._halves = try_split_trunk(policy, num_layers_unfrozen)
+        split_at = None if is_sharded(policy) else num_layers_unfrozen
+        self._halves = try_split_trunk(policy, split_at)
         self.value_trunk = copy.deepcopy(self._top) if separate else None
 
     @property
@@ -61,6 +69,8 @@ class ActorCritic(nn.Module):
 
     def frozen_reference(self) -> "Reference":
         """A frozen copy of the policy as it is now, on the same trunk."""
+        if is_sharded(self.policy):
+            return ShardedReference(self.policy)
         return Reference(self._top, self.policy.get_output_embeddings())
 
     @torch.no_grad()
@@ -137,6 +147,23 @@ class Reference:
         mask = tokens["response_mask"]
         logits = self.logits(tokens, trunk_states)
         return scatter(token_logprobs(logits, tokens["response_ids"][mask]), mask)
+
+
+class ShardedReference(Reference):
+    """The same for a policy sharded at loading: the policy with its first weights."""
+
+    def __init__(self, policy: PreTrainedModel):
+        self.policy, self.first_shards = policy, FirstShards(policy)
+
+    def to(self, device: torch.device) -> None:
+        """Shards are where they belong."""
+
+    @torch.no_grad()
+    def logits(self, tokens: dict[str, Tensor], trunk_states: None) -> Tensor:
+        inputs = response_inputs(**tokens)
+        with self.first_shards.in_place():
+            logits = self.policy(**inputs, use_cache=False).logits
+        return predicting_states(logits, tokens["response_mask"])
 
 
 def join_rows(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:

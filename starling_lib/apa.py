@@ -16,7 +16,7 @@ import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from starling_lib import objectives
 from starling_lib.actor_critic import ActorCritic, Reference, join_rows, top_states
@@ -57,6 +58,7 @@ from starling_lib.rollouts import (
     scatter,
     token_logprobs,
 )
+from starling_lib.sharding import is_sharded
 from starling_lib.trunk import add_adapters
 
 if TYPE_CHECKING:
@@ -320,9 +322,10 @@ class APATrainer(WrappedModelTrainer):
     reward model, or a function as in TRL, `f(prompts, completions, **columns)` → one
     float a completion; one with a parameter `completion_finished` is told which were cut.
     `train_dataset`, `eval_dataset`: rows with a conversational `prompt`. `peft_config`:
-    train adapters (LoRA), in the last `num_layers_unfrozen` layers or in all. Saved and
-    resumed as the policy (or its adapters), the critic beside it. Give the *initial*
-    policy as `model` also when resuming: it is the reference.
+    train adapters (LoRA), in the last `num_layers_unfrozen` layers or in all. `sampler`:
+    gives the responses, called as `rollouts.sample`; a dict `figures` that it may have is
+    logged. Saved and resumed as the policy (or its adapters), the critic beside it. Give
+    the *initial* policy as `model` also when resuming: it is the reference.
     """
 
     def __init__(
@@ -338,6 +341,7 @@ class APATrainer(WrappedModelTrainer):
         callbacks=None,
         optimizers=(None, None),
         peft_config: "PeftConfig | None" = None,
+        sampler: Callable[..., Rollout] = sample,
     ):
         args = args or APAConfig.starling(output_dir="apa")
         if isinstance(model, str):
@@ -378,7 +382,7 @@ class APATrainer(WrappedModelTrainer):
             args.scale_reward, args.cliprange_reward, args.reward_shift
         )
         self.kl_coef = KLCoefficient(args.kl_coef, args.kl_target, args.kl_horizon)
-        self.prompts = train_dataset
+        self.prompts, self.sampler = train_dataset, sampler
         self.experience: dict[str, Tensor] | None = None
         self._samples_cleared = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -393,8 +397,22 @@ class APATrainer(WrappedModelTrainer):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False
+        self._check_sampler()
         self.reference.to(self.accelerator.device)
         self.rewards.to(self.accelerator.device)
+
+    def _check_sampler(self) -> None:
+        """Raise ValueError where processes would wait for each other for ever.
+
+        A sharded policy is put together by all of them for every token, and each samples
+        as many tokens as its own responses have.
+        """
+        sharded = is_sharded(self.inner_model()) or self.is_fsdp_enabled
+        if self.sampler is sample and (sharded or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "a policy sharded by FSDP or ZeRO-3 is not sampled here: train with DDP, "
+                "the whole policy on each GPU, or give a `sampler`"
+            )
 
     # --- data
 
@@ -462,7 +480,7 @@ class APATrainer(WrappedModelTrainer):
     def collect(self, prompts: Dataset, iteration: int) -> dict[str, Tensor]:
         """Sample, score and value one iteration's responses; log what they say."""
         args, device = self.args, self.accelerator.device
-        rollout = sample(
+        rollout = self.sampler(
             self.model.policy,
             self.processing_class,
             prompts["prompt"],
@@ -654,6 +672,7 @@ class APATrainer(WrappedModelTrainer):
             "eos_rate": rollout.finished.float().mean(),
             "explained_variance": 1 - unexplained / returns[mask].var().clamp(min=1e-8),
             **self.rewards.last_means,
+            **getattr(self.sampler, "figures", {}),
         }
         if "kl_exact" in experience:
             figures["kl_exact"] = experience.pop("kl_exact").sum(1).mean()
@@ -720,7 +739,7 @@ class APATrainer(WrappedModelTrainer):
         """Sample the held-out prompts with a fixed seed; log reward, length, EOS rate."""
         prompts = self.eval_dataset if eval_dataset is None else eval_dataset
         policy = self.model.policy
-        rollout = sample(
+        rollout = self.sampler(
             policy,
             self.processing_class,
             prompts["prompt"],
@@ -773,8 +792,9 @@ class APATrainer(WrappedModelTrainer):
         rank = self.accelerator.process_index
         saved = folder / f"experience-{rank}.safetensors"
         if saved.exists():
-            device = self.accelerator.device
-            self.experience = load_file(str(saved), device=str(device))
+            # Not by safetensors: it knows no "cpu:0", as one of several processes has.
+            tensors, device = load_file(str(saved)), self.accelerator.device
+            self.experience = {name: x.to(device) for name, x in tensors.items()}
 
 
 def _prompt_limit(config, args: APAConfig) -> int:

@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from starling_lib.models import precision_arguments, quiet
+from starling_lib.sharding import forward_through, is_sharded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -95,8 +96,14 @@ class WrappedModelTrainer(Trainer):
     """A `Trainer` of a module that wraps the model to be saved.
 
     Checkpoints hold the inner model by `save_pretrained` at their root, so that plain
-    `from_pretrained` reads them; plain `_save` raises on tied embeddings.
+    `from_pretrained` reads them; plain `_save` raises on tied embeddings. The inner model
+    may have been sharded at loading; then there is no resuming, says `Trainer`.
     """
+
+    def __init__(self, model: nn.Module, **kwargs):
+        for part in filter(is_sharded, model.children()):
+            forward_through(model, part)
+        super().__init__(model, **kwargs)
 
     def inner_model(self) -> PreTrainedModel:
         """The model that users load later; subclasses say where it sits."""
@@ -116,24 +123,59 @@ class WrappedModelTrainer(Trainer):
             with self.accelerator.main_process_first():
                 found = newest_complete(self.args.output_dir)
             resume_from_checkpoint = str(found) if found else None
+        if resume_from_checkpoint and is_sharded(self.inner_model()):
+            raise ValueError(
+                f"{resume_from_checkpoint}: transformers does not resume a model sharded "
+                "at loading. Load the checkpoint as the model of a new run instead, with "
+                "another output_dir"
+            )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        from safetensors.torch import save_model
+        """Save; `state_dict` is given where an engine has gathered the module's weights."""
+        from safetensors.torch import save_file, save_model
 
-        if not self.args.should_save:
+        inner = self.inner_model()
+        # All processes gather a sharded model, one writes it.
+        if not self.args.should_save and not is_sharded(inner):
             return
         output_dir = Path(output_dir or self.args.output_dir)
+        gathered = {}
+        if state_dict is not None:
+            gathered["state_dict"] = self._part(state_dict, inner)
         with quiet():
-            self.inner_model().save_pretrained(output_dir)
+            inner.save_pretrained(
+                output_dir, is_main_process=self.args.should_save, **gathered
+            )
+        if not self.args.should_save:
+            return
         for name, module in self.extra_state().items():
-            save_model(module, str(output_dir / f"{name}.safetensors"))
+            path = str(output_dir / f"{name}.safetensors")
+            if state_dict is None:
+                save_model(module, path)
+            else:
+                save_file(self._part(state_dict, module), path)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
+
+    def _part(
+        self, state_dict: dict[str, Tensor], part: nn.Module
+    ) -> dict[str, Tensor]:
+        """What of the whole module's `state_dict` belongs to `part`, by its names."""
+        before = ""
+        if hasattr(part, "peft_config"):  # peft's wrapper is not inside our module
+            part, before = part.get_base_model(), "base_model.model."
+        whole = self.accelerator.unwrap_model(self.model)
+        (name,) = [name for name, module in whole.named_modules() if module is part]
+        mine = {k: v for k, v in state_dict.items() if k.startswith(f"{name}.")}
+        return {before + k.removeprefix(f"{name}."): v for k, v in mine.items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         from safetensors.torch import load_model
 
+        if self.is_fsdp_enabled:  # accelerate wrote the pieces, and reads them
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         folder, inner = Path(resume_from_checkpoint), self.inner_model()
         if hasattr(inner, "peft_config"):
             load_adapters(inner, folder)

@@ -230,6 +230,71 @@ class CardRecipe:
     )
 
 
+# --- planning
+
+
+@dataclass(frozen=True)
+class PlanRecipe:
+    """What a recipe of label, reward, apa or judge is planned for.
+
+    These keys stand beside those of the recipe itself, so none has a name of theirs.
+    """
+
+    output: str | None = _key("a file that gets the plan as JSON, too", default=None)
+    command: str | None = _key(
+        "label, reward, apa or judge: whose recipe it is, or which stage of a preset; "
+        "null: told by its keys, and reward and apa of a preset",
+        default=None,
+    )
+    slow_sizes: bool = _key(
+        "of a preset, its sizes for machines without fast bf16", default=False
+    )
+    device: str = _key(
+        "gpu; or cpu: this machine's memory and measured speed where none are given, "
+        "and attention that keeps its weights",
+        default="gpu",
+    )
+    devices: int = _key("over which a step's rows are spread", default=1)
+    sharding: str | None = _key(
+        "none (DDP), zero1, zero2, zero3 (DeepSpeed) or fsdp2; null: all", default=None
+    )
+    gib: float | None = _key("memory of a device; null: 80, an A100's", default=None)
+    tflops: float | None = _key(
+        "peak of a device's matrix products; null: 312, an A100's in bf16",
+        default=None,
+    )
+    bandwidth: float | None = _key(
+        "GB a second between a device and its memory, which sampling waits for; null: "
+        "2039, an A100's (a CPU: 20)",
+        default=None,
+    )
+    utilisation: float = _key("share of both that is reached", default=0.4)
+    dollars_an_hour: float | None = _key("for one device", default=None)
+    prompts: int | None = _key(
+        "how many the data hold; null: known of Nectar, counted in local files",
+        default=None,
+    )
+    prompt_tokens: int = _key(
+        "of a mean prompt, for hours and cost (memory is for the longest that the "
+        "recipe lets through); default: 219 prompts of Nectar, four characters a token",
+        default=130,
+    )
+    response_tokens: int = _key("of a mean response, likewise", default=200)
+    responses: int = _key("to one prompt, in rankings", default=7)
+    answerers: int = _key(
+        "models whose answers are judged, where the recipe names none", default=2
+    )
+    reply_tokens: int | None = _key(
+        "of a judge's mean reply; null: 700 for a ranking, 200 for a rating",
+        default=None,
+    )
+    reward_shape: str | None = _key(
+        "a model of the reward model's size; null: that of the recipe, or what it will "
+        "be trained from",
+        default=None,
+    )
+
+
 # --- presets
 
 

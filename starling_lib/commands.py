@@ -19,6 +19,7 @@ from starling_lib.command_recipes import (
     CardRecipe,
     ChatRecipe,
     LabelRecipe,
+    PlanRecipe,
     Preset,
     ReportRecipe,
     RewardRecipe,
@@ -27,6 +28,7 @@ from starling_lib.command_recipes import (
     preset_recipe,
     read_preset,
 )
+from starling_lib.journal import write_atomically
 from starling_lib.recipe_files import (
     RECIPES,
     RecipeError,
@@ -36,6 +38,7 @@ from starling_lib.recipe_files import (
     recipe_differences,
     recipe_from,
 )
+from starling_lib.run_plans import bundled_plans, plan_recipe, plan_text, read_plan
 
 PACKAGE = Path(__file__).parent
 
@@ -50,6 +53,8 @@ class Command:
     run: Callable[[Any], None]
     trainer: tuple[str, str] | None = None  # module and class of `trainer`'s arguments
     resumes: bool = True  # whether there is something to go on with after a stop
+    # name, overrides → what `run` takes, where that is not one recipe of its own
+    read: Callable[[str | None, Sequence[str]], Any] | None = None
 
     def keys(self) -> str:
         """Every key of the recipe, explained."""
@@ -66,6 +71,8 @@ class Command:
 
 def bundled_recipes(command: str) -> list[str]:
     """Names of the recipes and presets that come along for a command."""
+    if command == "plan":
+        return bundled_plans()
     own = [path.stem for path in (RECIPES / command).glob("*.yaml")]
     shared = [
         f"{path.parent.name}/{command}" for path in RECIPES.glob(f"*/{command}.yaml")
@@ -96,6 +103,8 @@ def read_command(command: Command, name: str | None, overrides: Sequence[str]) -
 
     Raises RecipeError.
     """
+    if command.read is not None:
+        return command.read(name, overrides)
     if name is None:
         return recipe_from(command.recipe, {}, overrides)
     path = recipe_path(command.name, name)
@@ -284,6 +293,16 @@ def _card(recipe: CardRecipe) -> None:
     say(f"written to {write_run_card(recipe)}")
 
 
+def _plan(asked: tuple[PlanRecipe, list[Any]]) -> None:
+    wanted, recipes = asked
+    plans = [plan_recipe(recipe, wanted) for recipe in recipes]
+    say("\n\n".join(map(plan_text, plans)))
+    if wanted.output is not None:
+        text = json.dumps([plan.as_dict() for plan in plans], indent=1)
+        write_atomically(Path(wanted.output), text.encode())
+        say(f"written to {wanted.output}")
+
+
 def say(text: str) -> None:
     """Print, in the main one of several processes."""
     if os.environ.get("RANK", "0") == "0":
@@ -325,5 +344,13 @@ COMMANDS = [
         "write the model card of a trained folder",
         _card,
         resumes=False,
+    ),
+    Command(
+        "plan",
+        PlanRecipe,
+        "say what a recipe of label, reward, apa or judge takes: memory, hours, cost",
+        _plan,
+        resumes=False,
+        read=read_plan,
     ),
 ]

@@ -6,7 +6,8 @@ vocabulary's logits, frozen copies. Formulas in one place each, with their sourc
 
     weights, gradients, optimiser   ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, §3)
     activations                     counted for a Llama layer, after Korthikanti et al.
-                                    (2022, arXiv 2205.05198, §4)
+                                    (2022, arXiv 2205.05198, §4), and held by a test
+                                    against the tensors that autograd keeps
     FLOPs                           6 a trained parameter and token, 2 a frozen one
                                     (Kaplan et al. 2020, arXiv 2001.08361, §2.1)
 
@@ -20,13 +21,18 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 2**30
-# What is split over the devices of a run: ZeRO's stages; FSDP2 with full sharding is 3.
+# What is split over the devices of a run: ZeRO's stages by DeepSpeed, and FSDP2.
 SHARDED = {
     "none": frozenset(),
     "zero1": frozenset({"optimiser"}),
     "zero2": frozenset({"optimiser", "gradients"}),
     "zero3": frozenset({"optimiser", "gradients", "weights"}),
+    "fsdp2": frozenset({"optimiser", "gradients", "weights"}),
 }
+# DeepSpeed computes in weights of low precision and keeps a float32 copy to update; all
+# else here keeps float32 weights and lets autocast make copies.
+_LOW_PRECISION_WEIGHTS = ("zero1", "zero2", "zero3")
+_GATHERED_LAYERS = 2  # whole at a time where weights are split: one and the next
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Shape:
     layers: int
     hidden: int
     intermediate: int
+    heads: int
     attention: int  # query heads × their width
     key_value: int  # key heads × their width
     vocabulary: int
@@ -43,7 +50,17 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
-        """From a transformers config with Llama's names of its fields."""
+        """From a transformers config with Llama's names of its fields.
+
+        Raises ValueError for one that lacks some of them.
+        """
+        wanted = ("num_hidden_layers", "hidden_size", "intermediate_size")
+        wanted += ("num_attention_heads", "num_key_value_heads", "vocab_size")
+        if missing := [name for name in wanted if getattr(config, name, None) is None]:
+            raise ValueError(
+                f"the planner counts decoders of Llama's kind; this config has no "
+                f"{', '.join(missing)}"
+            )
         width = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
@@ -51,6 +68,7 @@ class Shape:
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
             attention=config.num_attention_heads * width,
             key_value=config.num_key_value_heads * width,
             vocabulary=config.vocab_size,
@@ -81,78 +99,236 @@ class Shape:
     def trained(self, last: int | None, head: bool) -> int:
         """Parameters that train: all, or the last N layers and the final norm.
 
-        `head`: with all layers, the vocabulary's matrix trains, too.
+        `head`: there is a vocabulary's matrix, which trains unless it is the frozen
+        embedding.
         """
         if last is None:
             return self.parameters if head else self.trunk_parameters
-        return min(last, self.layers) * self.layer_parameters + self.hidden
+        own_head = self.embedding_parameters if head and not self.tied else 0
+        return min(last, self.layers) * self.layer_parameters + self.hidden + own_head
+
+    @property
+    def value_head_parameters(self) -> int:
+        """Of a critic's two layers, hidden → 2 hidden → 1, with biases."""
+        return 2 * self.hidden**2 + 4 * self.hidden + 1
 
 
 @dataclass(frozen=True)
 class Load:
     """What one device computes at once, and how its state is held."""
 
-    rows: int  # of a forward and backward pass
-    tokens: int  # of them together, padding included
-    trained_layers: int | None = None
+    tokens: int  # of a forward and backward pass, all rows together
+    # Tokens of keys and values as attention reads them: with K responses in one row, a
+    # prompt stands before each of them.
+    keys: int = 0
+    pairs: int = 0  # of a query and a key, summed over the rows, for one head
     response_tokens: int = 0  # whose logits are kept: 0 for a reward model
+    trained_layers: int | None = None
     bytes_parameter: int = 4  # of the weights that are optimised
-    bytes_compute: int = 2  # bf16 autocast; 4 without
+    bytes_compute: int = 2  # bf16 or fp16; 4 without
     checkpointing: bool = False
+    on_cpu: bool = False  # where this library's attention keeps its weights
+    accumulates: bool = True  # gradients are held while activations are
     sharding: str = "none"
     devices: int = 1
 
+    @classmethod
+    def of_rankings(cls, rows: int, prompt: int, response: int, k: int, **state):
+        """Rows of one prompt and K responses behind it (`prefix.pack_ranking`)."""
+        span = prompt + response
+        return cls(
+            tokens=rows * (prompt + k * response),
+            keys=rows * (prompt + k * span),
+            pairs=rows * (prompt**2 + k * response * span),
+            **state,
+        )
+
+    @classmethod
+    def of_responses(cls, rows: int, prompt: int, response: int, **state):
+        """Rows of one prompt and one response, whose log-probabilities are asked for."""
+        tokens = rows * (prompt + response)
+        return cls(
+            tokens=tokens,
+            keys=tokens,
+            pairs=tokens * (prompt + response),
+            response_tokens=rows * response,
+            **state,
+        )
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the weights themselves are kept in the format of computing."""
+        return self.sharding in _LOW_PRECISION_WEIGHTS and self.bytes_compute < 4
+
+    @property
+    def autocast(self) -> bool:
+        return self.bytes_compute < self.bytes_parameter and not self.low_precision
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.bytes_compute if self.low_precision else self.bytes_parameter
+
+    def layers_of(self, shape: Shape) -> int:
+        """How many layers train."""
+        wanted = self.trained_layers
+        return shape.layers if wanted is None else min(wanted, shape.layers)
+
+
+# --- memory
+
+
+def attention_bytes(shape: Shape, load: Load) -> float:
+    """What attention keeps in one layer, beside the inputs of the four matrices.
+
+    On a CPU queries, keys, values and the softmax, in float32 and as cast. On a GPU
+    (torch's fused kernels) no softmax, but its own output, a mask, and keys and values
+    repeated for every query head.
+    """
+    size = load.bytes_compute
+    if load.on_cpu:
+        softmax = 4 if size == 4 else 4 + size
+        kept = size * (load.tokens * shape.attention + 2 * load.keys * shape.key_value)
+        return kept + softmax * load.pairs * shape.heads
+    kept = 2 * load.tokens * shape.attention + 2 * load.keys * shape.attention
+    return size * (kept + load.pairs)
+
+
+def layer_bytes(shape: Shape, load: Load) -> float:
+    """Kept for the backward pass of one trained layer.
+
+    Two norms keep their input and what it is before the weight, in float32. The first of
+    these is, in float32, also what a matrix reads; autocast casts it anew for each of
+    the five matrices behind a norm. Behind the matrices: the attention's output, and of
+    the feed-forward network gate, its activation, the other branch and their product.
+    """
+    hidden, size = load.tokens * shape.hidden, load.bytes_compute
+    if load.autocast:
+        norms = 4 * 4 * hidden + 5 * size * hidden
+    elif load.low_precision:  # input in float32, the rest as computed
+        norms = 2 * (4 + size + size) * hidden
+    else:
+        norms = 6 * size * hidden
+    rest = load.tokens * (shape.attention + 4 * shape.intermediate)
+    return norms + size * rest + attention_bytes(shape, load)
+
 
 def activation_bytes(shape: Shape, load: Load) -> float:
-    """Kept for the backward pass of the trained layers.
+    """Kept for the backward pass of the trained layers and the final norm.
 
-    A layer and token: the layer's input and the sums after attention in float32 (norms
-    compute in it), queries, keys and values before and after rotation, the attention's
-    output, three feed-forward vectors and the product, and the four inputs of matrices.
-    Attention itself is recomputed (flash). With checkpointing one layer is held whole
-    and of the others only the input.
+    With checkpointing one layer is held whole and of each only the input.
     """
-    wide = 4 * 4 * shape.hidden  # in float32: two inputs and two outputs of norms
-    narrow = 3 * shape.hidden + 2 * shape.attention + 4 * shape.key_value
-    narrow += shape.attention + 4 * shape.intermediate
-    layer = load.tokens * (wide + load.bytes_compute * narrow)
-    layers = shape.layers if load.trained_layers is None else load.trained_layers
+    layer, layers = layer_bytes(shape, load), load.layers_of(shape)
+    hidden = load.tokens * shape.hidden
+    norm = 2 * 4 * hidden
     if load.checkpointing:
-        return layer + layers * load.tokens * shape.hidden * load.bytes_compute
-    return layers * layer
+        kept = load.bytes_compute if load.low_precision else 4
+        return layer + norm + layers * hidden * kept
+    return layers * layer + norm
 
 
 def logit_bytes(shape: Shape, load: Load) -> float:
-    """Logits of the response tokens: as computed, in float32, and their gradient."""
-    return load.response_tokens * shape.vocabulary * (load.bytes_compute + 4 + 4)
+    """Logits of the response tokens in float32, and three times as much beside them.
+
+    The backward pass of logsumexp is grad · exp(logits − result), whose three
+    intermediate results live side by side.
+    """
+    return 4 * 4 * load.response_tokens * shape.vocabulary
+
+
+def workspace_bytes(shape: Shape, load: Load) -> float:
+    """What the backward pass of the topmost layer holds beyond what was kept for it.
+
+    In the feed-forward network two gradients of its width; in attention, where the
+    softmax is kept, two of its size, when the feed-forward network's part is gone.
+    """
+    wide = load.tokens * shape.intermediate * load.bytes_compute
+    softmax = 4 * load.pairs * shape.heads if load.on_cpu else 0
+    return max(2 * wide, 2 * softmax - 4 * wide)
+
+
+def state_bytes(shape: Shape, load: Load, head: bool) -> dict[str, float]:
+    """Weights, gradients, optimiser and working copies on one device.
+
+    Gradients without sharding stand twice on several devices: DDP sends them in buckets
+    of its own. Working copies are those that autocast makes of weights that train (and of
+    the head, which gradients pass) until the forward pass ends, and layers put together
+    where weights are split.
+    """
+    split = SHARDED[load.sharding]
+    share = {
+        name: load.devices if name in split else 1
+        for name in ("weights", "gradients", "optimiser")
+    }
+    total = shape.parameters if head else shape.trunk_parameters
+    trained = shape.trained(load.trained_layers, head)
+    copies = 0
+    if load.autocast:
+        matrices = load.layers_of(shape) * shape.layer_parameters
+        matrices += shape.embedding_parameters if head else 0
+        copies += matrices * load.bytes_compute
+    if "weights" in split and load.devices > 1:
+        copies += _GATHERED_LAYERS * shape.layer_parameters * load.weight_bytes
+    buckets = load.sharding == "none" and load.devices > 1
+    gradients = trained * load.weight_bytes * (2 if buckets else 1)
+    return {
+        "weights": total * load.weight_bytes / share["weights"],
+        "gradients": gradients / share["gradients"],
+        "optimiser": trained * (12 if load.low_precision else 8) / share["optimiser"],
+        "working copies": copies,
+    }
 
 
 def training_memory(shape: Shape, load: Load, head: bool = True) -> dict[str, float]:
     """Bytes on one device by what they are for, at the fullest moment of a step.
 
     `head`: the model has a vocabulary head (a policy); a reward model has one number.
+    Where no gradients are held while activations are, they take their place during the
+    backward pass: only what they need beyond it counts.
     Raises ValueError on an unknown kind of sharding.
     """
     if load.sharding not in SHARDED:
         raise ValueError(
             f"sharding={load.sharding!r}: choose from {', '.join(SHARDED)}"
         )
-    split = SHARDED[load.sharding]
-    total = shape.parameters if head else shape.trunk_parameters
-    trained = shape.trained(load.trained_layers, head)
-    shares = {
-        name: load.devices if name in split else 1
-        for name in ("weights", "gradients", "optimiser")
-    }
-    autocast = load.bytes_compute < load.bytes_parameter
-    return {
-        "weights": total * load.bytes_parameter / shares["weights"],
-        "gradients": trained * load.bytes_parameter / shares["gradients"],
-        "optimiser": 8 * trained / shares["optimiser"],
-        # Autocast keeps a copy of each weight that trains until the step ends.
-        "autocast copies": trained * load.bytes_compute if autocast else 0,
+    logits = logit_bytes(shape, load) if head else 0
+    passing = {
         "activations": activation_bytes(shape, load),
-        "logits": logit_bytes(shape, load) if head else 0,
+        "logits": logits,
+        "workspace": max(0.0, workspace_bytes(shape, load) - logits),
+    }
+    state = state_bytes(shape, load, head)
+    if load.autocast and load.checkpointing:
+        # All copies are there when the forward pass ends, and gone when the backward pass
+        # computes its first layer again, which then is in their place.
+        again = (
+            layer_bytes(shape, load) + sum(passing.values()) - passing["activations"]
+        )
+        layer = shape.layer_parameters * load.bytes_compute
+        state["working copies"] = max(layer, state["working copies"] - again)
+    if not load.accumulates:
+        state["gradients"] = max(0.0, state["gradients"] - sum(passing.values()))
+    return {**state, **passing}
+
+
+def beside_policy(
+    policy: Shape, reward: Shape, load: Load, separate_critic: bool = False
+) -> dict[str, float]:
+    """Bytes of what stands beside a policy that is tuned, all the time and unsharded.
+
+    The reference is a frozen copy of what trains (the trunk is shared). The critic is a
+    head and, if separate, one more copy of the layers, which trains. The reward model is
+    held whole.
+    """
+    layers = load.layers_of(policy) * policy.layer_parameters + policy.hidden
+    if load.trained_layers is None:
+        layers += policy.embedding_parameters
+    own_head = load.trained_layers is None or not policy.tied
+    head = policy.embedding_parameters if own_head else 0
+    critic = policy.value_head_parameters + (layers if separate_critic else 0)
+    return {
+        "reference": 4 * (layers + head),
+        "critic": critic * (2 * load.bytes_parameter + 8),
+        "reward model": (reward.trunk_parameters + reward.hidden) * 4,
     }
 
 
@@ -163,27 +339,63 @@ def apa_memory(
     separate_critic: bool = False,
     rollout: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
-    """`training_memory` of the policy, and what stands beside it.
+    """`training_memory` of the policy while it is updated, and what stands beside it.
 
-    The reference is a frozen copy of the trained layers (the trunk is shared), and so is
-    a separate critic, which trains; the reward model is held whole. `rollout`: `rows`
-    and `tokens` (prompt and response) that an iteration keeps trunk states for.
+    `rollout`: `rows` and `tokens` (prompt and response) that an iteration keeps trunk
+    states for, of which a minibatch is copied. A separate critic keeps activations, too.
     """
     parts = training_memory(policy, load)
-    layers = policy.trained(load.trained_layers, head=load.trained_layers is None)
-    parts["reference"] = layers * load.bytes_parameter
     if separate_critic:
-        parts["critic"] = layers * (2 * load.bytes_parameter + 8)
-    parts["reward model"] = reward.trunk_parameters * load.bytes_parameter
-    if rollout and load.trained_layers is not None:
-        kept = rollout["rows"] * rollout["tokens"] * policy.hidden
-        parts["trunk states"] = kept * load.bytes_parameter
+        parts["activations"] += activation_bytes(policy, load)
+    parts |= beside_policy(policy, reward, load, separate_critic)
+    if rollout and load.layers_of(policy) < policy.layers:
+        kept = rollout["rows"] * rollout["tokens"] + load.tokens
+        parts["trunk states"] = kept * policy.hidden * 4
     return parts
 
 
+def sampling_memory(
+    policy: Shape,
+    reward: Shape,
+    load: Load,
+    rows: int,
+    prompt: int,
+    response: int,
+    separate_critic: bool = False,
+) -> dict[str, float]:
+    """Bytes on one device while an iteration's responses are sampled.
+
+    Nothing is kept for a backward pass, and gradients are given back after each step, but
+    for DDP's buckets. The cache holds keys (float32 under autocast, because rotation is)
+    and values of all rows to their end, or, while prompts are read, those twice. On a CPU
+    with low precision a copy of the policy samples. `logits`: of one token a row, in
+    float32 and float64, as they are sampled from.
+    """
+    state = state_bytes(policy, load, head=True)
+    buckets = load.sharding == "none" and load.devices > 1
+    state["gradients"] *= 0.5 if buckets else 0
+    if load.on_cpu and load.autocast:
+        state["working copies"] = policy.parameters * load.bytes_compute
+    key = load.bytes_parameter if load.autocast else load.bytes_compute
+    token = policy.layers * policy.key_value * (key + load.bytes_compute)
+    reading = 2 * rows * prompt * token
+    return {
+        **state,
+        **beside_policy(policy, reward, load, separate_critic),
+        "key-value cache": max(reading, rows * (prompt + response) * token),
+        "logits": rows * policy.vocabulary * (load.bytes_compute + 4 * 4 + 8),
+    }
+
+
+# --- work
+
+
 def training_flops(shape: Shape, load: Load, head: bool = True) -> float:
-    """Of one forward and backward pass of `load` on one device."""
-    layers = shape.layers if load.trained_layers is None else load.trained_layers
+    """Of one forward and backward pass of `load` on one device.
+
+    Attention's own products are left out: with 7B and 2,048 tokens they are 4 %.
+    """
+    layers = load.layers_of(shape)
     frozen = shape.layers - layers
     recomputed = 2 if load.checkpointing else 0
     flops = load.tokens * shape.layer_parameters * (2 * frozen)
@@ -199,6 +411,14 @@ def generation_flops(shape: Shape, rows: int, prompt: int, response: int) -> flo
     return (
         2 * rows * ((prompt + response) * trunk + response * shape.embedding_parameters)
     )
+
+
+def generation_bytes(
+    shape: Shape, rows: int, prompt: int, response: int, size: int
+) -> float:
+    """Read from memory to sample: for each token all weights and the cache so far."""
+    cache = rows * 2 * shape.layers * shape.key_value * (prompt + response / 2)
+    return response * size * (shape.parameters + cache)
 
 
 def hours(flops: float, devices: int, tflops: float, utilisation: float) -> float:

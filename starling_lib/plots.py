@@ -912,6 +912,27 @@ def recovery(results: pd.DataFrame, measure: str = "error") -> Figure:
 
 
 @styled
+def training_speed(rows: Sequence[Mapping]) -> Figure:
+    """Prompts a second of every way of training, on a logarithmic axis.
+
+    Args:
+        rows: `what`, `prompts_per_second`, `times_trl` (multiple of the first rival's
+            speed), as `tests/benchmarks/bench_reward.py` writes them.
+    """
+    names = [row["what"] for row in rows][::-1]
+    speeds = [row["prompts_per_second"] for row in rows][::-1]
+    ours = [not name.startswith("TRL") for name in names]
+    figure = new_figure(height=0.9 + 0.27 * len(rows))
+    ax = figure.subplots()
+    bars = ax.barh(names, speeds, 0.7, color=[BLUE if own else GREY for own in ours])
+    ax.bar_label(bars, [f"× {row['times_trl']:.1f}" for row in rows][::-1], padding=3)
+    ax.set(xscale="log", xlabel="prompts a second (each of seven responses)")
+    ax.set_xlim(min(speeds) / 1.5, max(speeds) * 2)
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+@styled
 def efficiency(
     table: pd.DataFrame, names: tuple[str, str] = ("MLE_2", "MLE_K")
 ) -> Figure:
@@ -1141,4 +1162,52 @@ def length_control(table: pd.DataFrame) -> Figure:
     ax.set(xlabel="win rate against the baseline (%; dashed: even)")
     ax.set(ylim=(-0.6, len(table) - 0.4))
     figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+# --- memory
+
+# Colour and hatch of each part of a plan, the same in every figure.
+MEMORY_PARTS = {
+    "weights": (BLUE, None),
+    "gradients": (ORANGE, None),
+    "optimiser": (GREEN, None),
+    "working copies": (SKY, None),
+    "reference": (BLUE, "//"),
+    "critic": (GREEN, "//"),
+    "reward model": (PINK, None),
+    "activations": (YELLOW, None),
+    "trunk states": (YELLOW, "//"),
+    "workspace": (GREY, None),
+    "logits": (GREY, "//"),
+    "key-value cache": (PINK, "//"),
+}
+
+
+@styled
+def memory_plan(memory: Mapping[str, Mapping[str, float]], gib: float) -> Figure:
+    """What a device's memory holds under each kind of sharding, one bar each.
+
+    Args:
+        memory: `run_plans.Plan.memory`: sharding → bytes by part.
+        gib: memory of a device, drawn as a line.
+    """
+    names = list(memory)[::-1]
+    figure = new_figure(height=1.5 + 0.42 * len(names))
+    ax = figure.subplots()
+    left = np.zeros(len(names))
+    for part, (colour, hatch) in MEMORY_PARTS.items():
+        sizes = np.array([memory[name].get(part, 0) for name in names]) / 2**30
+        if not sizes.any():
+            continue
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        ax.barh(np.arange(len(names)), sizes, 0.7, left, label=part, **style)
+        left += sizes
+    ax.axvline(gib, color="black", linestyle="--", linewidth=1.2)
+    ax.text(gib, len(names) - 0.5, f" {gib:.4g} GiB", fontsize=9, va="bottom")
+    ax.set_yticks(np.arange(len(names)), names)
+    ax.set(xlabel="GiB on one device at the fullest moment")
+    ax.set(xlim=(0, 1.08 * max(gib, left.max())))
+    ax.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=4)
     return figure

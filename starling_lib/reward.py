@@ -44,6 +44,7 @@ from starling_lib.scoring import (
     reward_tokenizer,
     score_responses,
 )
+from starling_lib.sharding import is_sharded
 from starling_lib.trunk import TrunkCache, add_adapters, freeze_below
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         tokenizer = reward_tokenizer(processing_class)
         self.responses = _most_responses(train_dataset, eval_dataset)
         # The split is verified when it is made, which only the cache has a use for.
-        split_at = args.num_layers_unfrozen if args.cache_trunk else None
+        cached = args.cache_trunk and not is_sharded(model)
+        split_at = args.num_layers_unfrozen if cached else None
         scorer = RankingScorer(model, split_at)
         train_rows = _encode_rows(train_dataset, tokenizer, args.max_length)
         eval_rows = _encode_rows(eval_dataset, tokenizer, args.max_length)

@@ -1,9 +1,17 @@
-"""A server of chat completions that says what a test tells it to."""
+"""Servers of chat completions: one that says what it is told to, and transformers' own."""
 
+import contextlib
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 class Server(ThreadingHTTPServer):
@@ -52,3 +60,32 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+@contextlib.contextmanager
+def transformers_server(log: Path, *arguments: str):
+    """`transformers serve` on a free port, its output in `log`; gives the base URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
+    command += ["--host", "127.0.0.1", "--port", port, "--device", "cpu", *arguments]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=env)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_for(url: str, server: subprocess.Popen, log: Path, seconds: int = 180):
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(url, timeout=5).read()
+        stopped = server.poll() is not None
+        assert not stopped and time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.5)

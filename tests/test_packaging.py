@@ -258,8 +258,9 @@ def shown_text(nb: nbformat.NotebookNode) -> str:
 
 def test_the_chain_is_complete():
     names = [path.stem for path in NOTEBOOKS]
-    assert names[:4] == ["01_nectar", "02_reward_model", "03_apa", "04_evaluation"]
-    assert names[:4] == list(run.BUDGETS)
+    first = ["01_nectar", "02_reward_model", "03_apa", "04_evaluation"]
+    assert names == [*first, "05_full_scale"]
+    assert names == list(run.BUDGETS) == list(run.SLOW_BUDGETS)
 
 
 @each_notebook

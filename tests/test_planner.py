@@ -1,6 +1,14 @@
-"""Parameters against real models on the meta device; memory and FLOPs by hand."""
+"""Plans against real models: parameters on the meta device, what autograd keeps, peaks.
+
+Run as a program, `python test_planner.py reward FOLDER` trains and prints its peak.
+"""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +19,44 @@ from transformers import (
     MistralConfig,
 )
 
+from starling_lib import plots
+from starling_lib.__main__ import main
+from starling_lib.actor_critic import ActorCritic
+from starling_lib.command_recipes import (
+    APARecipe,
+    BenchJudgeRecipe,
+    LabelRecipe,
+    PlanRecipe,
+    RewardRecipe,
+)
+from starling_lib.models import ValueHead, tiny_model
 from starling_lib.planner import (
     GIB,
     Load,
     Shape,
     activation_bytes,
     apa_memory,
+    beside_policy,
     fits,
     generation_flops,
     hours,
     judging_cost,
+    layer_bytes,
+    sampling_memory,
     training_flops,
     training_memory,
 )
+from starling_lib.prefix import RankingScorer, pack_ranking, stack_rankings
+from starling_lib.recipe_files import RecipeError
+from starling_lib.run_plans import (
+    KNOWN_SHAPES,
+    bundled_plans,
+    count_prompts,
+    plan_recipe,
+    plan_text,
+    read_plan,
+)
+from starling_lib.trunk import freeze_below
 
 CONFIGS = {
     "Llama-2-7B": LlamaConfig(),  # its sizes are the class's defaults
@@ -54,65 +87,188 @@ def test_parameters_are_those_of_the_model(name):
     shape = Shape.of(config)
     assert shape.parameters == count(model.parameters())
     assert shape.trunk_parameters == count(reward.base_model.parameters())
-    last = [*model.model.layers[-4:].parameters(), *model.model.norm.parameters()]
+    freeze_below(model, 4)
+    last = [p for p in model.parameters() if p.requires_grad]
     assert shape.trained(4, head=True) == count(last)
+    head = dataclasses.replace(shape, hidden=8).value_head_parameters
+    assert head == count(ValueHead(8).parameters())
     assert shape.trained(None, head=True) == shape.parameters
     assert shape.trained(None, head=False) == shape.trunk_parameters
 
 
 def test_training_all_of_a_policy_takes_sixteen_bytes_a_parameter_and_the_copies():
-    memory = training_memory(SMALL, Load(rows=1, tokens=0))
+    memory = training_memory(SMALL, Load(tokens=0))
     assert memory["weights"] == memory["gradients"] == 4 * SMALL.parameters
     assert memory["optimiser"] == 8 * SMALL.parameters
-    assert memory["autocast copies"] == 2 * SMALL.parameters
+    copied = 30 * SMALL.layer_parameters + SMALL.embedding_parameters
+    assert memory["working copies"] == 2 * copied
     assert memory["activations"] == memory["logits"] == 0
-    plain = training_memory(SMALL, Load(rows=1, tokens=0, bytes_compute=4))
+    plain = training_memory(SMALL, Load(tokens=0, bytes_compute=4))
     assert sum(plain.values()) == 16 * SMALL.parameters
 
 
 @pytest.mark.parametrize(
-    ("sharding", "whole"),
+    ("sharding", "bytes_a_parameter"),
     [
-        ("none", {"weights", "gradients", "optimiser"}),
-        ("zero1", {"weights", "gradients"}),
-        ("zero2", {"weights"}),
-        ("zero3", set()),
+        ("none", 4 + 2 * 4 + 8),  # DDP's buckets are gradients once more
+        ("zero1", 2 + 2 + 12 / 8),
+        ("zero2", 2 + 2 / 8 + 12 / 8),
+        ("zero3", 16 / 8),
+        ("fsdp2", 16 / 8),
     ],
 )
-def test_sharding_splits_its_own_parts_over_the_devices(sharding, whole):
-    alone = training_memory(SMALL, Load(rows=1, tokens=100))
-    split = training_memory(SMALL, Load(1, 100, sharding=sharding, devices=8))
-    for part, size in alone.items():
-        state = part in ("weights", "gradients", "optimiser")
-        assert split[part] == (size / 8 if state and part not in whole else size)
+def test_sharding_splits_its_own_parts_over_the_devices(sharding, bytes_a_parameter):
+    """ZeRO's paper, §3: 16 bytes a parameter, of which each stage splits more."""
+    memory = training_memory(SMALL, Load(tokens=0, sharding=sharding, devices=8))
+    state = sum(memory[name] for name in ("weights", "gradients", "optimiser"))
+    assert state == bytes_a_parameter * SMALL.parameters
+    gathered = memory["working copies"] - (
+        0 if sharding.startswith("zero") else 2 * SMALL.parameters
+    )
+    whole = sharding in ("zero3", "fsdp2")
+    assert (gathered > SMALL.layer_parameters) == whole
 
 
 def test_activations_are_a_sum_over_trained_layers_and_tokens():
-    load = Load(rows=1, tokens=100)
-    one = activation_bytes(SMALL, dataclasses.replace(load, trained_layers=1))
-    assert activation_bytes(SMALL, load) == 30 * one
-    assert activation_bytes(SMALL, dataclasses.replace(load, tokens=200)) == 60 * one
-    # Of a layer: 16 bytes · hidden in float32; in bf16 3·576 + 3·576 + 4·192 + 4·1536.
-    assert one == 100 * (16 * 576 + 2 * (6 * 576 + 4 * 192 + 4 * 1536))
+    load = Load(tokens=100, keys=100)
+    norm = 8 * 100 * 576
+    one = activation_bytes(SMALL, dataclasses.replace(load, trained_layers=1)) - norm
+    assert activation_bytes(SMALL, load) == 30 * one + norm
+    twice = dataclasses.replace(load, tokens=200, keys=200)
+    assert activation_bytes(SMALL, twice) == 2 * activation_bytes(SMALL, load)
     held = activation_bytes(SMALL, dataclasses.replace(load, checkpointing=True))
-    assert held == one + 30 * 100 * 576 * 2
+    assert held == one + norm + 30 * 100 * 576 * 4
 
 
-def test_beside_a_policy_stand_reference_reward_model_and_trunk_states():
-    load = Load(rows=8, tokens=1000, trained_layers=4, response_tokens=500)
-    rollout = {"rows": 64, "tokens": 120}
+# --- against what autograd keeps
+
+
+def kept_for_backward(run, module) -> int:
+    """Bytes of the distinct storages that `run` keeps, without the module's own."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    del out
+    return sum(s.nbytes() for place, s in kept.items() if place not in own)
+
+
+WAYS = {"fp32": 4, "bf16": 2}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_ranking_keeps_is_what_is_planned(way):
+    """Two layers of SmolLM2's shape against one: the layer alone."""
+    rows, prompt, response, k = 2, 40, 30, 7
+    packed = pack_ranking([1] * prompt, [[1] * response] * k)
+    batch = stack_rankings([packed] * rows, 0)
+    sizes = []
+    for trained in (1, 2):
+        model = AutoModelForSequenceClassification.from_config(layers_of_small(3))
+        freeze_below(model, trained)
+        scorer = RankingScorer(model)
+
+        def run(scorer=scorer):
+            with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"):
+                return scorer(**batch)
+
+        sizes.append(kept_for_backward(run, scorer))
+    load = Load.of_rankings(
+        *(rows, prompt, response, k), bytes_compute=WAYS[way], on_cpu=True
+    )
+    planned = layer_bytes(SMALL, load)
+    planned += SMALL.layer_parameters * 2 if way == "bf16" else 0  # autocast's copies
+    assert sizes[1] - sizes[0] == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_policy_keeps_is_what_is_planned(way):
+    rows, prompt, response = 4, 20, 30
+    ones = torch.ones(rows, prompt + response, dtype=torch.long)
+    mask = ones.bool()
+    mask[0, :5] = False  # padding: without, attention keeps no weights
+    tokens = {
+        "prompt_ids": ones[:, :prompt],
+        "prompt_mask": mask[:, :prompt],
+        "response_ids": ones[:, prompt:],
+        "response_mask": mask[:, prompt:],
+    }
+    policy = AutoModelForCausalLM.from_config(layers_of_small(3))
+    model = ActorCritic(policy, num_layers_unfrozen=2)
+    shape = Shape.of(policy.config)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"):
+            return model(**tokens)
+
+    load = Load.of_responses(
+        *(rows, prompt, response),
+        trained_layers=2,
+        bytes_compute=WAYS[way],
+        on_cpu=True,
+    )
+    memory = training_memory(shape, load)
+    # Of the four times that the logits count, autograd keeps them once.
+    planned = memory["activations"] + memory["logits"] / 4 + memory["working copies"]
+    heads = 4 * rows * response * 3 * shape.hidden  # of the critic: input and inner
+    trunk = (
+        4 * rows * (prompt + response) * shape.hidden
+    )  # frozen: its last is no input
+    assert kept_for_backward(run, model) == pytest.approx(
+        planned + heads - trunk, rel=0.02
+    )
+
+
+def layers_of_small(layers: int) -> LlamaConfig:
+    """SmolLM2's shape with few layers and a small vocabulary."""
+    config = CONFIGS["SmolLM2-135M"].to_dict()
+    changes = {"num_hidden_layers": layers, "vocab_size": 1000, "num_labels": 1}
+    return LlamaConfig(**{**config, **changes, "pad_token_id": 0})
+
+
+# --- what stands beside
+
+
+def test_beside_a_policy_stand_reference_critic_reward_model_and_trunk_states():
+    state = {"trained_layers": 4, "bytes_compute": 4}
+    load = Load.of_responses(8, 100, 50, **state)
+    rollout = {"rows": 64, "tokens": 150}
     memory = apa_memory(SMALL, SMALL, load, rollout=rollout)
-    four = 4 * SMALL.layer_parameters + 576
+    four, head = 4 * SMALL.layer_parameters + 576, 2 * 576**2 + 4 * 576 + 1
     assert memory["reference"] == 4 * four
-    assert memory["reward model"] == 4 * SMALL.trunk_parameters
-    assert memory["trunk states"] == 64 * 120 * 576 * 4
-    assert memory["logits"] == 500 * 49152 * 10
+    assert memory["critic"] == 16 * head
+    assert memory["reward model"] == 4 * (SMALL.trunk_parameters + 576)
+    assert memory["trunk states"] == (64 + 8) * 150 * 576 * 4
+    assert memory["logits"] == 8 * 50 * 49152 * 16
     critic = apa_memory(SMALL, SMALL, load, separate_critic=True)
-    assert critic["critic"] == 16 * four and "trunk states" not in critic
+    assert critic["critic"] == 16 * (head + four) and "trunk states" not in critic
+    assert critic["activations"] == 2 * memory["activations"]
+
+
+def test_the_reference_copies_a_head_that_trains():
+    shape = Shape.of(CONFIGS["OpenChat 3.5"])
+    load = Load.of_responses(1, 10, 10, trained_layers=4)
+    beside = beside_policy(shape, shape, load)
+    assert beside["reference"] == 4 * shape.trained(4, head=True)
+
+
+def test_the_cache_grows_with_rows_tokens_and_key_heads():
+    load = Load.of_responses(1, 10, 10, trained_layers=4, bytes_compute=4)
+    memory = sampling_memory(SMALL, SMALL, load, rows=8, prompt=10, response=30)
+    assert memory["key-value cache"] == 8 * 40 * 30 * 2 * 192 * 4
+    assert memory["gradients"] == 0 and "activations" not in memory
+    reading = sampling_memory(SMALL, SMALL, load, rows=8, prompt=50, response=1)
+    assert reading["key-value cache"] == 2 * 8 * 50 * 30 * 2 * 192 * 4
 
 
 def test_flops_by_hand():
-    layer, load = SMALL.layer_parameters, Load(rows=1, tokens=10)
+    layer, load = SMALL.layer_parameters, Load(tokens=10)
     assert training_flops(SMALL, load, head=False) == 10 * 30 * 6 * layer
     four = dataclasses.replace(load, trained_layers=4)
     assert training_flops(SMALL, four, head=False) == 10 * layer * (4 * 6 + 26 * 2)
@@ -138,5 +294,271 @@ def test_what_fits():
 
 
 def test_sharding_must_be_known():
-    with pytest.raises(ValueError, match="choose from none, zero1, zero2, zero3"):
-        training_memory(SMALL, Load(1, 1, sharding="zero4"))
+    with pytest.raises(
+        ValueError, match="choose from none, zero1, zero2, zero3, fsdp2"
+    ):
+        training_memory(SMALL, Load(1, sharding="zero4"))
+
+
+# --- recipes
+
+# Starling's reward model: ZeRO-1 on 2 × 8 devices (starling.md §1.5); which devices, and
+# how many the policy had, was not reported: the code's launcher names 8.
+RELEASED = ["devices=16", "gib=80"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+
+
+def planned(name, *overrides):
+    """The plans of a recipe."""
+    wanted, recipes = read_plan(name, overrides)
+    return [plan_recipe(recipe, wanted) for recipe in recipes]
+
+
+def test_the_shapes_that_are_known_are_those_of_the_models():
+    for name, known in (
+        ("meta-llama/Llama-2-7b-chat-hf", "Llama-2-7B"),
+        ("openchat/openchat_3.5", "OpenChat 3.5"),
+        ("smollm2-135m", "SmolLM2-135M"),
+    ):
+        assert KNOWN_SHAPES[name] == Shape.of(CONFIGS[known])
+    assert KNOWN_SHAPES["tiny"] == Shape.of(tiny_model().config)
+    assert KNOWN_SHAPES["01-ai/Yi-34B-Chat"].parameters == 34_388_917_248
+
+
+def test_the_reward_model_needed_the_sharding_that_the_original_used():
+    (plan,) = planned("starling_7b/reward", *RELEASED)
+    assert plan.command == "reward" and plan.parameters["trained"] > 6.6e9
+    assert not plan.fits("none") and plan.fits("zero1") and plan.fits("fsdp2")
+    assert plan.figures["prompts a step"] == 320
+    assert plan.figures["steps"] == pytest.approx(565, abs=1)
+    whole = sum(plan.memory["zero1"].values())
+    assert whole > sum(plan.memory["zero2"].values()) > plan.with_mean_rows["zero2"]
+    (small,) = planned("starling_7b/reward", "devices=16", "gib=24")
+    assert not small.fits("zero1")
+
+
+def test_the_policy_does_not_fit_whole_at_its_longest_rows():
+    """64 responses sampled at once: the original sampled 4, reward model elsewhere."""
+    (plan,) = planned("starling_7b/apa", "devices=8")
+    assert plan.subject.endswith("meta-llama/Llama-2-7b-chat-hf")
+    assert plan.moments["none"] == "sampling" and not plan.fits("none")
+    assert plan.with_mean_rows["none"] < 80 * GIB
+    fewer = ["trainer.rollout_batch_size=16"]
+    assert planned("starling_7b/apa", "devices=8", *fewer)[0].fits("none")
+    assert plan.figures["steps"] == 20_000
+    assert plan.figures["responses a step"] == 8 * 64 / 32
+
+
+def test_a_plan_of_judging_is_calls_tokens_and_dollars():
+    (plan,) = planned("starling_7b/label", "rows=1000", "passes=2")
+    assert plan.figures["calls"] == 2000 and plan.figures["reply tokens"] == 1.4e6
+    shown = plan.figures["prompt tokens"] / 2000
+    assert 1530 + 400 < shown < 1530 + 700
+    cost = (2000 * shown * 30 + 1.4e6 * 60) / 1e6
+    assert plan.figures["dollars"] == pytest.approx(cost)
+    (plan,) = planned("starling_7b/judge")
+    assert plan.figures["calls"] == 2 * 80 * 2
+    (pairs,) = planned("starling_7b/judge", "pairs=true", "answerers=3")
+    assert pairs.figures["calls"] == 3 * 160 + 2 * 3 * 160
+    replayed = BenchJudgeRecipe("b", replies="log.jsonl")
+    assert plan_recipe(replayed).figures["calls"] == 0
+
+
+def test_a_preset_is_planned_stage_by_stage():
+    reward, policy = planned("tiny", "devices=1")
+    assert (reward.command, policy.command) == ("reward", "apa")
+    assert list(reward.memory) == ["none"] and reward.fits("none")
+    (only,) = planned("tiny", "command=apa", "dollars_an_hour=2")
+    assert only.memory == policy.memory
+    assert only.figures["dollars"] == 2 * only.figures["hours"]
+
+
+def test_prompts_are_counted_where_they_can_be():
+    recipe = RewardRecipe("o", "tiny", "berkeley-nest/Nectar", split="train[:-2000]")
+    assert count_prompts(recipe) == 180_954
+    assert count_prompts(dataclasses.replace(recipe, rows=7)) == 7
+    assert count_prompts(RewardRecipe("o", "tiny")) == 203
+    assert count_prompts(LabelRecipe("o", split="train+test")) == 240
+    with pytest.raises(RecipeError, match="prompts: how many me/own has in train is"):
+        count_prompts(RewardRecipe("o", "tiny", "me/own"))
+
+
+def test_a_saved_model_is_as_good_as_a_known_one(tmp_path, policy):
+    policy.save_pretrained(tmp_path / "policy")
+    name = str(tmp_path / "policy")
+    recipe = APARecipe("o", name, name, trainer={"max_steps": 32})
+    known = APARecipe("o", "tiny", "tiny", trainer={"max_steps": 32})
+    assert plan_recipe(recipe).memory == plan_recipe(known).memory
+
+
+# --- the command
+
+
+def test_the_command_prints_and_writes(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    arguments = ["starling_7b/reward", *RELEASED, f"output={file}"]
+    assert main(["plan", *arguments, "sharding=zero1"]) == 0
+    said = capsys.readouterr().out
+    for text in ("in 80 GiB", "fits", "FLOPs a step", "zero1", "optimiser"):
+        assert text in said
+    assert "zero3" not in said and "nan" not in said
+    (kept,) = json.loads(file.read_text())
+    assert kept["fits"] == {"zero1": True}
+    assert kept["memory"]["zero1"]["weights"] == pytest.approx(2 * 6_607_343_616)
+
+
+def test_a_file_is_recognised_by_its_keys(tmp_path):
+    for text, kind in (
+        ("model: tiny\noutput_dir: o", RewardRecipe),
+        ("model: tiny\noutput_dir: o\nreward_model: tiny", APARecipe),
+        ("output_dir: o\npasses: 2", LabelRecipe),
+        ("folder: b\npairs: true", BenchJudgeRecipe),
+    ):
+        (tmp_path / "one.yaml").write_text(text + "\ndevices: 8")
+        wanted, (recipe,) = read_plan(str(tmp_path / "one.yaml"))
+        assert isinstance(recipe, kind) and wanted.devices == 8
+    _, (recipe,) = read_plan(None, ["folder=b", "judge.model=m"])
+    assert recipe.judge.model == "m"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["starling_7b/apa", "devics=8"],
+            "devics: no such key; did you mean 'devices'",
+        ),
+        (["starling_7b/apa", "modell=x"], "modell: no such key; did you mean 'model'"),
+        (["starling_7b/apa", "devices=0"], "devices: must be above 0"),
+        (["starling_7b/apa", "sharding=zero"], "sharding: no 'zero'; choose from none"),
+        (["starling_7b/apa", "device=tpu"], "device: no 'tpu'; choose from gpu, cpu"),
+        (["starling_7b/apa", "lora.r=8"], "lora: adapters are not planned"),
+        (["starling_7b/apa", "command=ap"], "command: no 'ap'; choose from label"),
+        (["starling_7b/ap"], "no recipe at starling_7b/ap; bundled are small, tiny"),
+        (["rows=3"], "keys rows are those of no recipe"),
+        (["command=reward", "output_dir=o"], "as a recipe of reward: model: missing"),
+        (
+            ["starling_7b/apa", "reward_model=me"],
+            "reward_shape: no reward model in me yet",
+        ),
+        (["starling_7b/reward", "trainer.max_length=0"], "max_length=0 sets no limit"),
+    ],
+)
+def test_mistakes_are_named(capsys, arguments, message):
+    assert main(["plan", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_model_offline_says_what_is_known(monkeypatch, capsys):
+    def unreachable(name):
+        raise OSError("we could not connect")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    assert main(["plan", "starling_7b/reward", "model=me/own"]) == 1
+    said = capsys.readouterr().err
+    assert "model: the shape of me/own is neither known here (openchat/" in said
+    assert "we could not connect" in said
+
+
+def test_every_bundled_recipe_has_a_plan():
+    for name in bundled_plans():
+        for plan in planned(name):
+            assert plan_text(plan).startswith(f"{plan.command}: ")
+
+
+# --- the picture
+
+
+def test_the_picture_stacks_every_part_to_the_total():
+    (plan,) = planned("starling_7b/reward", *RELEASED)
+    (ax,) = plots.memory_plan(plan.memory, plan.machine.gib).axes
+    tops = {}
+    for bar in ax.patches:
+        place = round(bar.get_y() + bar.get_height() / 2)
+        tops[place] = max(tops.get(place, 0), bar.get_x() + bar.get_width())
+    totals = [sum(parts.values()) / GIB for parts in plan.memory.values()]
+    assert [tops[i] for i in range(len(totals))] == pytest.approx(totals[::-1])
+    limit = [line for line in ax.lines if set(line.get_xdata()) == {80}]
+    assert len(limit) == 1
+    styles = [(b[0].get_facecolor(), b[0].get_hatch()) for b in ax.containers]
+    assert len(set(styles)) == len(styles) == len(plan.memory["none"])
+
+
+# --- against the peak of a process
+
+
+def recipe_of(kind: str, folder: str) -> RewardRecipe | APARecipe:
+    """SmolLM2's last four layers, two steps, so that the optimiser's state is there."""
+    trainer = {"num_layers_unfrozen": 4, "max_steps": 2, "save_strategy": "no"}
+    if kind == "reward":
+        trainer |= {"max_length": 256, "per_device_train_batch_size": 2}
+        return RewardRecipe(folder, "smollm2-135m", trainer=trainer)
+    trainer |= {"max_prompt_length": 208, "max_new_tokens": 48, "rollout_batch_size": 8}
+    trainer |= {"per_device_train_batch_size": 8, "num_epochs_per_rollout": 2}
+    return APARecipe(folder, "smollm2-135m", "smollm2-135m", trainer=trainer)
+
+
+def measure(kind: str, folder: str) -> None:
+    """Train on rows as long as the recipe lets through; print bytes above the start."""
+    import resource
+
+    from datasets import Dataset
+
+    from starling_lib.apa import APATrainer
+    from starling_lib.models import load_policy, load_reward_model, load_tokenizer
+    from starling_lib.reward import KwiseRewardTrainer
+    from starling_lib.training_runs import policy_arguments, reward_arguments
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    start, recipe = peak(), recipe_of(kind, folder)
+    tokenizer = load_tokenizer("smollm2-135m")
+    scorer = load_reward_model("smollm2-135m", tokenizer)
+    if kind == "reward":
+        text = "to be or not to be " * 100
+        row = {"responses": [f"{j} {text}" for j in range(7)]}
+        row["prompt"] = [{"role": "user", "content": text}]
+        trainer = KwiseRewardTrainer(
+            *(scorer, reward_arguments(recipe), Dataset.from_list([row] * 4)),
+            processing_class=tokenizer,
+        )
+    else:
+        own = load_tokenizer("smollm2-135m")
+        own.eos_token = "<repo_name>"  # never sampled: responses run to their limit
+        words = "to be or not to be " * 29
+        prompts = [[{"role": "user", "content": words + "to " * i}] for i in range(4)]
+        trainer = APATrainer(
+            *(load_policy("smollm2-135m"), scorer, policy_arguments(recipe)),
+            Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            processing_class=own,
+            reward_processing_classes=[tokenizer],
+        )
+    trainer.train()
+    print("peak", peak() - start)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's KiB of memory")
+@pytest.mark.parametrize("kind", ["reward", "apa"])
+def test_the_peak_of_a_process_is_the_planned_one(kind, tmp_path, fp32):
+    """Within 15 %; the reward model was measured 4 % below its plan.
+
+    Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_): the C library
+    otherwise keeps pieces of it, and the same process showed 16 % above the plan.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    command = [sys.executable, __file__, kind, str(tmp_path)]
+    said = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    measured = int(said.split("peak ")[1])
+    wanted = PlanRecipe(device="cpu", tflops=0.1, prompts=4)
+    (memory,) = plan_recipe(recipe_of(kind, "o"), wanted).memory.values()
+    assert sum(memory.values()) == pytest.approx(measured, rel=0.15)
+
+
+if __name__ == "__main__":
+    measure(*sys.argv[1:])

@@ -140,3 +140,15 @@ def test_loss_study_draws_every_seed_and_the_mean_of_each_loss():
     assert ax.get_ylabel() == "nats"
     figure.canvas.draw()
     assert [t.get_text() for t in ax.get_xticklabels()] == ["50%", "100%"]
+
+
+def test_training_speed_draws_rivals_grey_and_names_multiples():
+    rows = [
+        {"what": "TRL on pairs", "prompts_per_second": 0.05, "times_trl": 1.0},
+        {"what": "packed", "prompts_per_second": 0.5, "times_trl": 10.0},
+    ]
+    (ax,) = plots.training_speed(rows).axes
+    assert [bar.get_width() for bar in ax.patches] == [0.5, 0.05]  # first row on top
+    assert ax.patches[0].get_facecolor() != ax.patches[1].get_facecolor()
+    assert [text.get_text() for text in ax.texts] == ["× 10.0", "× 1.0"]
+    assert ax.get_xscale() == "log"

@@ -61,14 +61,14 @@ def the_run(folder: Path) -> Path:
 # --- choosing notebooks and parameters
 
 
-def test_notebooks_come_in_order_and_without_the_fifth(tmp_path):
-    for name in ("03_c", "01_a", "05_full_scale", "02_b", "04_d"):
+def test_notebooks_come_in_order_and_without_a_sixth(tmp_path):
+    for name in ("03_c", "01_a", "06_more", "02_b", "05_e", "04_d"):
         write(tmp_path, name)
     names = [path.stem for path in run.select_notebooks(tmp_path)]
-    assert names == ["01_a", "02_b", "03_c", "04_d"]
-    assert [p.stem for p in run.select_notebooks(tmp_path, ["05", "01"])] == [
+    assert names == ["01_a", "02_b", "03_c", "04_d", "05_e"]
+    assert [p.stem for p in run.select_notebooks(tmp_path, ["06", "01"])] == [
         "01_a",
-        "05_full_scale",
+        "06_more",
     ]
     with pytest.raises(run.NotebookError, match=r"no notebook 07_\*\.ipynb"):
         run.select_notebooks(tmp_path, ["07"])
@@ -349,7 +349,7 @@ def test_a_machine_without_fast_bf16_has_more_time(tmp_path, machine, monkeypatc
     places = ["--out", str(tmp_path / "runs"), "--only", "02"]
     assert run.main(places) == 0
     assert times["02_reward_model"] == run.SLOW_BUDGETS != run.BUDGETS  # it is fp32
-    assert sum(run.SLOW_BUDGETS.values()) <= 30 and sum(run.BUDGETS.values()) <= 20
+    assert sum(run.SLOW_BUDGETS.values()) <= 33 and sum(run.BUDGETS.values()) <= 20
 
 
 def test_a_run_stops_at_the_first_failure_and_says_so(tmp_path, machine, capsys):

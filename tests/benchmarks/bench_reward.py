@@ -3,13 +3,13 @@
     python tests/benchmarks/bench_reward.py [--repeats 5] [--data nectar_mini] [--learn 32]
 
 Every measurement is a process of its own; the variants take turns, so that a slow minute
-of the machine hits all of them. Prints a table and writes `results/reward-DATA.json`.
+of the machine hits all of them. Prints a table and writes
+`data/studies/speed_reward_DATA.json`.
 """
 
 import argparse
 import gzip
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,7 +19,9 @@ import warnings
 from datetime import date
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from bench_rollout import machine
+
+RESULTS = Path(__file__).resolve().parents[2] / "data/studies"
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 # name → (what it is, trained layers or None, prompts a step)
 VARIANTS = {
@@ -330,24 +332,31 @@ def main() -> None:
                 f"{repeat + 1}/{options.repeats} {variant}: {speed:.3f} prompts/s",
                 flush=True,
             )
+            write(options, runs, {})
     accuracy = {
         v: run(v, options, "learn")
         for v in options.only
         if options.learn and not v.endswith("later")
     }
-    rows = summary(runs, accuracy)
-    RESULTS.mkdir(exist_ok=True)
+    path, rows = write(options, runs, accuracy)
+    print(f"\n{table(rows)}\n\n{path}")
+
+
+def write(options, runs: dict[str, list[dict]], accuracy: dict) -> tuple[Path, list]:
+    """Keep what was measured so far."""
+    rows = summary({v: measured for v, measured in runs.items() if measured}, accuracy)
     result = {
         "date": date.today().isoformat(),
         "command": " ".join(["python tests/benchmarks/bench_reward.py", *sys.argv[1:]]),
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "learned_from": options.learn,
         "rows": rows,
         "runs": runs,
     }
-    path = RESULTS / f"reward-{options.data}.json"
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"speed_reward_{options.data}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{table(rows)}\n\n{path}")
+    return path, rows
 
 
 if __name__ == "__main__":

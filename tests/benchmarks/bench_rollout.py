@@ -6,12 +6,13 @@ An iteration samples 64 responses of up to 64 tokens, scores them with the same 
 model and makes the same number of updates on them, with a KL term, the same precision and
 no gradient checkpointing. Beside it sampling alone, ours and plain `generate`, and for its
 memory one update of a whole policy, nothing else held. Every measurement is a process of
-its own; the variants take turns. Prints a table and writes `results/rollout.json`; memory
-is the peak over what the imports alone take.
+its own; the variants take turns. Prints a table and writes
+`data/studies/speed_rollout.json`; memory is the peak over what the imports alone take.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "data/studies"
 NEW_TOKENS, BATCH, EPOCHS, MODEL = 64, 16, 2, "smollm2-135m"
 # name → what it is, trained layers (None: all)
 VARIANTS = {
@@ -241,6 +242,19 @@ def measure(variant: str, responses: int) -> dict[str, float]:
     }
 
 
+def machine() -> str:
+    """The processor's name and how many cores this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(
+            x.split(":")[1].strip() for x in lines if x.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {cores} cores"
+
+
 def run(variant: str, options) -> dict[str, float]:
     """One measurement in a new process; its last line is the result."""
     command = [sys.executable, __file__, "--worker", variant]
@@ -293,18 +307,24 @@ def main() -> None:
             print(
                 f"{repeat + 1}/{options.repeats} {variant}: {seconds:.1f} s", flush=True
             )
+            path = write(runs)
+    print(f"\n{table(runs)}\n\n{path}")
+
+
+def write(runs: dict[str, list[dict]]) -> Path:
+    """Keep what was measured so far."""
     RESULTS.mkdir(exist_ok=True)
     result = {
         "date": date.today().isoformat(),
         "command": " ".join(
             ["python tests/benchmarks/bench_rollout.py", *sys.argv[1:]]
         ),
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "runs": runs,
     }
-    path = RESULTS / "rollout.json"
+    path = RESULTS / "speed_rollout.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{table(runs)}\n\n{path}")
+    return path
 
 
 if __name__ == "__main__":
