@@ -206,6 +206,10 @@ class APAConfig(TrainingArguments):
     rollout_batch_size: int = field(
         default=64, metadata={"help": "Responses a process samples each iteration."}
     )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Responses sampled at once; None: all of an iteration's."},
+    )
     num_epochs_per_rollout: int = field(
         default=2, metadata={"help": "Passes over an iteration's responses."}
     )
@@ -241,6 +245,10 @@ class APAConfig(TrainingArguments):
         if self.apa_lambda <= 0:
             raise ValueError(f"apa_lambda={self.apa_lambda}: must be positive")
         update = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.generation_batch_size is not None and self.generation_batch_size < 1:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size}: at least 1, or None"
+            )
         if self.rollout_batch_size % update:
             raise ValueError(
                 f"rollout_batch_size={self.rollout_batch_size} is no multiple of "
@@ -485,7 +493,7 @@ class APATrainer(WrappedModelTrainer):
             self.processing_class,
             prompts["prompt"],
             max_new_tokens=args.max_new_tokens,
-            batch_size=args.rollout_batch_size,
+            batch_size=args.generation_batch_size or args.rollout_batch_size,
             seed=self._seed_of(iteration, 0),
         )
         scores = self.rewards(prompts, rollout)
@@ -744,6 +752,7 @@ class APATrainer(WrappedModelTrainer):
             self.processing_class,
             prompts["prompt"],
             max_new_tokens=self.args.max_new_tokens,
+            batch_size=self.args.generation_batch_size or 64,
             seed=self.args.seed,
         )
         scores = self.rewards(prompts, rollout)

@@ -218,11 +218,12 @@ def plan_policy(
                 minibatch, prompt, response, sharding=sharding, **state
             )
             rows = args.rollout_batch_size
+            at_once = min(args.generation_batch_size or rows, rows)
             kept = {"rows": rows, "tokens": prompt + response}
             at = {
                 "update": apa_memory(policy, reward, load, critic, kept),
                 "sampling": sampling_memory(
-                    policy, reward, load, rows, prompt, response, critic
+                    policy, reward, load, at_once, prompt, response, critic
                 ),
             }
             fullest = max(at, key=lambda moment: sum(at[moment].values()))
@@ -246,7 +247,7 @@ def plan_policy(
         figures=_policy_figures(args, policy, reward, machine, load, sizes["mean"]),
         machine=machine,
         notes=(
-            f"longest rows: {rows} sampled at once, {minibatch} in an update, of "
+            f"longest rows: {at_once} sampled at once, {minibatch} in an update, of "
             f"{longest[0]} + {longest[1]} tokens; mean rows: {sizes['mean'][0]} + "
             f"{sizes['mean'][1]}",
         ),
@@ -273,9 +274,10 @@ def _policy_figures(
     trunk = rows * (prompt + response) * 2
     sampled = generation_flops(policy, rows, prompt, response)
     read = 4 + 2 * load.bytes_compute if load.autocast and not load.on_cpu else None
+    at_once = min(args.generation_batch_size or rows, rows)
     reading = generation_bytes(
-        policy, rows, prompt, response, read or load.bytes_compute
-    )
+        policy, at_once, prompt, response, read or load.bytes_compute
+    ) * (rows / at_once)
     scored = trunk * (
         (policy.layers + top.layers) * policy.layer_parameters
         + reward.layers * reward.layer_parameters

@@ -500,6 +500,22 @@ def test_a_checkpoint_between_iterations_holds_no_experience(tokenizer, tmp_path
     assert {"advantages", "returns", "counts", "trunk_states"} <= set(experience)
 
 
+@pytest.mark.parametrize(("at_once", "expected"), [(None, 8), (3, 3)])
+def test_responses_are_sampled_as_many_at_once_as_asked(
+    tokenizer, tmp_path, at_once, expected
+):
+    seen = []
+
+    def watched(*args, batch_size, **rest):
+        seen.append(batch_size)
+        return sample(*args, batch_size=batch_size, **rest)
+
+    trainer = make_trainer(tmp_path, tokenizer, generation_batch_size=at_once)
+    trainer.sampler = watched
+    trainer.train()
+    assert seen == [expected]
+
+
 def test_prompts_fewer_than_a_batch_are_used_again(tokenizer, tmp_path):
     trainer = make_trainer(
         tmp_path, tokenizer, prompts=PROMPTS.select(range(3)), max_steps=8
@@ -647,6 +663,7 @@ def test_overrides_win(tmp_path):
         ({"scale_reward": "ref"}, "scale_reward='ref': choose from"),
         ({"apa_lambda": 0}, "apa_lambda=0: must be positive"),
         ({"rollout_batch_size": 6}, "rollout_batch_size=6 is no multiple of .* = 4"),
+        ({"generation_batch_size": 0}, "generation_batch_size=0: at least 1"),
         ({"save_total_limit": 1}, "save_total_limit=1"),
         ({"num_layers_unfrozen": 9}, "num_layers_unfrozen=9: this model has 2 layers"),
     ],

@@ -302,8 +302,8 @@ def test_sharding_must_be_known():
 
 # --- recipes
 
-# Starling's reward model: ZeRO-1 on 2 × 8 devices (starling.md §1.5); which devices, and
-# how many the policy had, was not reported: the code's launcher names 8.
+# Starling's reward model: ZeRO-1 on 2 × 8 devices. Which devices, and how many the policy
+# had, was not reported.
 RELEASED = ["devices=16", "gib=80"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
 
@@ -337,14 +337,14 @@ def test_the_reward_model_needed_the_sharding_that_the_original_used():
     assert not small.fits("zero1")
 
 
-def test_the_policy_does_not_fit_whole_at_its_longest_rows():
-    """64 responses sampled at once: the original sampled 4, reward model elsewhere."""
+def test_the_policy_fits_whole_where_few_responses_are_sampled_at_once():
     (plan,) = planned("starling_7b/apa", "devices=8")
-    assert plan.subject.endswith("meta-llama/Llama-2-7b-chat-hf")
-    assert plan.moments["none"] == "sampling" and not plan.fits("none")
-    assert plan.with_mean_rows["none"] < 80 * GIB
-    fewer = ["trainer.rollout_batch_size=16"]
-    assert planned("starling_7b/apa", "devices=8", *fewer)[0].fits("none")
+    assert plan.subject.endswith("meta-llama/Llama-2-7b-chat-hf") and plan.fits("none")
+    more = ["trainer.generation_batch_size=null"]  # all 64
+    (whole,) = planned("starling_7b/apa", "devices=8", *more)
+    assert whole.moments["none"] == "sampling" and not whole.fits("none")
+    assert whole.with_mean_rows["none"] < 80 * GIB
+    assert plan.figures["hours of sampling"] > whole.figures["hours of sampling"]
     assert plan.figures["steps"] == 20_000
     assert plan.figures["responses a step"] == 8 * 64 / 32
 
