@@ -42,7 +42,7 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PY) -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: $(STAMP)  ## execute notebooks 01-04 and print their key figures
+run: $(STAMP)  ## execute notebooks 01-05 and print their key figures
 	$(PY) notebooks/run.py --preset $(PRESET) $(ARGS)
 
 test: lint  ## lint, fast tests, notebooks on the tiny preset

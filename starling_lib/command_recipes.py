@@ -93,6 +93,12 @@ class RewardRecipe:
     )
     half: str | None = _key("A or B: only this half of nectar_mini", default=None)
     rows: int | None = _key("only the first rows of each split", default=None)
+    streaming: bool = _key(
+        "read and encode rows while training, for data larger than memory; needs "
+        "trainer.max_steps and a whole split, from which prompts of eval_split are left "
+        "out; shuffled 10,000 rows at a time",
+        default=False,
+    )
     pad_token: str | None = _key(
         "for a tokenizer without one: a token that no text holds, never EOS",
         default=None,

@@ -434,23 +434,28 @@ def reward_against_length(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
 
 @styled
 def interval_width(
-    prompts: Sequence[int], half_widths: Sequence[float], difference: float
+    numbers: Sequence[int],
+    half_widths: Sequence[float],
+    difference: float,
+    unit: str = "prompts",
+    scale: str = "reward",
 ) -> Figure:
     """Half the interval's width against the number of prompts, and the gain to detect.
 
     Args:
-        prompts: numbers of prompts; half_widths: measured, in units of reward;
-        difference: the observed gain. The dotted line is the 1/√n law through the
-        last point.
+        numbers: of prompts, or of another `unit`.
+        half_widths: measured, in units of `scale`.
+        difference: the one observed. The dotted line is the 1/√n law through the last
+            point.
     """
     figure = new_figure()
     ax = figure.subplots()
-    n, widths = np.asarray(prompts, dtype=float), np.asarray(half_widths, dtype=float)
+    n, widths = np.asarray(numbers, dtype=float), np.asarray(half_widths, dtype=float)
     law = widths[-1] * np.sqrt(n[-1] / n)
     ax.plot(n, widths, "o-", color=BLUE, label="half-width measured")
     ax.plot(n, law, ":", color=GREY, label="1/√n through the last point")
-    ax.axhline(difference, color=ORANGE, linestyle="--", label="gain observed")
-    ax.set(xlabel="prompts", ylabel="reward", ylim=(0, None), xticks=n)
+    ax.axhline(difference, color=ORANGE, linestyle="--", label="difference observed")
+    ax.set(xlabel=unit, ylabel=scale, ylim=(0, None), xticks=n)
     ax.legend()
     return figure
 

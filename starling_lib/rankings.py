@@ -512,6 +512,18 @@ def split_by_prompt(
     return DatasetDict(train=dataset.select(train), test=dataset.select(test))
 
 
+def without_prompts(
+    dataset: Dataset | IterableDataset, held_out: Dataset
+) -> Dataset | IterableDataset:
+    """The rows whose prompt is not in `held_out`, compared as by `split_by_prompt`."""
+    keys = {_prompt_key(prompt, 0) for prompt in held_out["prompt"]}
+    return dataset.filter(partial(_is_new, keys=keys), input_columns="prompt")
+
+
+def _is_new(prompt: list[Message], keys: set[int]) -> bool:
+    return _prompt_key(prompt, 0) not in keys
+
+
 def _stream_prompts(stream: IterableDataset) -> Iterator[list[Message]]:
     """Prompts of a stream, from its prompt column alone if that can be had."""
     if (open_column := _PROMPT_COLUMNS.get(stream)) is None:

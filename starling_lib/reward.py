@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -156,13 +156,21 @@ class KwiseRewardTrainer(WrappedModelTrainer):
     `weight` in the loss). `peft_config`: train adapters (LoRA), in the last
     `num_layers_unfrozen` layers or in all. Saves and resumes as
     `AutoModelForSequenceClassification`, or as peft's adapters.
+
+    `train_dataset` may be a stream, an `IterableDataset`, of any length. Its rows are
+    encoded when they are read, in its own order: shuffle it before, by
+    `.shuffle(seed, buffer_size=…)` with one seed for all processes. Processes read
+    different shards (row groups of a Parquet file), or take turns where there are fewer
+    shards than processes: do not split it by process yourself. `max_steps` says when to
+    stop; a stream that ends before begins anew, in the same order. Resuming reads, and
+    encodes, what was read before. `eval_dataset` is a table always.
     """
 
     def __init__(
         self,
         model: PreTrainedModel | str,
         args: KwiseRewardConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks=None,
@@ -186,12 +194,20 @@ class KwiseRewardTrainer(WrappedModelTrainer):
                     model, peft_config, args.num_layers_unfrozen
                 )
         tokenizer = reward_tokenizer(processing_class)
-        self.responses = _most_responses(train_dataset, eval_dataset)
+        is_stream = isinstance(train_dataset, IterableDataset)
+        if is_stream:
+            _check_stream(args)
+            # Each process reads its own rows; the default would have one read for all.
+            args.accelerator_config.dispatch_batches = False
+        _check_table(eval_dataset)
+        tables = (eval_dataset,) if is_stream else (train_dataset, eval_dataset)
+        self.responses = _most_responses(*tables)
         # The split is verified when it is made, which only the cache has a use for.
         cached = args.cache_trunk and not is_sharded(model)
         split_at = args.num_layers_unfrozen if cached else None
         scorer = RankingScorer(model, split_at)
-        train_rows = _encode_rows(train_dataset, tokenizer, args.max_length)
+        encode = _encode_stream if is_stream else _encode_rows
+        train_rows = encode(train_dataset, tokenizer, args.max_length)
         eval_rows = _encode_rows(eval_dataset, tokenizer, args.max_length)
         self.trunk_cache = _open_cache(args, scorer, train_rows, eval_rows)
         super().__init__(
@@ -217,13 +233,17 @@ class KwiseRewardTrainer(WrappedModelTrainer):
     # --- data
 
     def _collate(self, rows: list[dict]) -> dict[str, Tensor]:
-        """Packed tensors; what the loss reads is (B, K) for the data's largest K."""
+        """Packed tensors; what the loss reads is (B, K) for the tables' largest K.
+
+        A stream's largest K is not known: its batches may be wider.
+        """
         batch = stack_rankings(rows, self.processing_class.pad_token_id)
-        missing = self.responses - batch["ends"].shape[1]
-        batch["ends"] = F.pad(batch["ends"], (0, missing), value=-1)
+        found = batch["ends"].shape[1]
+        width = max(self.responses, found)
+        batch["ends"] = F.pad(batch["ends"], (0, width - found), value=-1)
         for name in ("lengths", "ranks"):
-            values = [row[name] + [0] * self.responses for row in rows]
-            batch[name] = torch.tensor([x[: self.responses] for x in values])
+            values = [row[name] + [0] * width for row in rows]
+            batch[name] = torch.tensor([x[:width] for x in values])
         batch["weight"] = torch.tensor([row["weight"] for row in rows])
         if self.trunk_cache is not None:
             states = [self.trunk_cache.get(row) for row in rows]
@@ -272,6 +292,7 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         """(rows, K) scores, best-ranked first, of raw rankings (default: eval set)."""
         rows = self.eval_dataset
         if dataset is not None:
+            _check_table(dataset)
             self.responses = max(self.responses, _most_responses(dataset))
             rows = _encode_rows(dataset, self.processing_class, self.args.max_length)
         return torch.as_tensor(self.predict(rows).predictions)
@@ -280,6 +301,29 @@ class KwiseRewardTrainer(WrappedModelTrainer):
 def _loss_function(args: KwiseRewardConfig):
     top = {} if args.loss_top is None else {"top": args.loss_top}
     return partial(LOSSES[args.loss_type], **top)
+
+
+def _check_stream(args: KwiseRewardConfig) -> None:
+    """Raise ValueError for what needs to know all rows in advance."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            "train_dataset is a stream, which does not say how long it is: set max_steps"
+            " (for one pass, rows / (per_device_train_batch_size × "
+            "gradient_accumulation_steps × processes))"
+        )
+    if args.cache_trunk:
+        raise ValueError(
+            "cache_trunk=True keeps the states of rows that come again, and its size is "
+            "that of all rows: not with a stream. Set cache_trunk=False, or give a table"
+        )
+
+
+def _check_table(dataset: Dataset | None) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "a stream can be trained on, not evaluated: give a table, such as "
+            "Dataset.from_list(list(stream.take(1000)))"
+        )
 
 
 def _open_cache(args, scorer: RankingScorer, *datasets) -> TrunkCache | None:
@@ -314,6 +358,28 @@ def _encode_rows(dataset: Dataset | None, tokenizer, max_length: int) -> Dataset
         warnings.warn(f"{lost} rows rank a single response: left out", stacklevel=3)
         rows = rows.select(kept)
     return rows
+
+
+def _encode_stream(
+    rankings: IterableDataset, tokenizer, max_length: int
+) -> IterableDataset:
+    """Packed rows of a stream, made when they are read; after the last comes the first.
+
+    Trainer sees one pass without an end. At the end of a pass it would keep the gradient
+    of an unfinished step for the next one, and resuming would not find its place; a
+    process with fewer rows would leave the others waiting.
+    """
+    options = {"tokenizer": tokenizer, "max_length": max_length}
+    rows = map_rows(rankings, _encode_row, fn_kwargs=options)
+    return rows.filter(_ranks_several).repeat(None)
+
+
+def _ranks_several(row: dict) -> bool:
+    """Whether there is anything to learn from a packed row; a warning, once, if not."""
+    if len(row["ends"]) > 1:
+        return True
+    warnings.warn("some rows rank a single response: left out", stacklevel=2)
+    return False
 
 
 def _encode_row(row: dict, tokenizer, max_length: int) -> dict:

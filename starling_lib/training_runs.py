@@ -4,10 +4,12 @@ Knows: which config, data and trainer a recipe means, when a folder is finished 
 which recipe it was made. Does not know: how anything is trained.
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -24,6 +26,7 @@ from starling_lib.models import (
     load_tokenizer,
     resolve,
 )
+from starling_lib.rankings import load_rankings, without_prompts
 from starling_lib.recipe_files import (
     RecipeError,
     check_arguments,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 RECIPE_FILE = "recipe.json"
+SHUFFLE_BUFFER = 10_000  # rows of a stream in memory, about 0.1 GB of Nectar
 _OWN_KEYS = ("output_dir", "seed")  # of a recipe, so that nobody sets them twice
 
 
@@ -63,9 +67,7 @@ def train_reward_model(recipe: RewardRecipe) -> Path:
     trainer = KwiseRewardTrainer(
         model=recipe.model,
         args=args,
-        train_dataset=first_rankings(
-            recipe.data, recipe.split, recipe.rows, recipe.half
-        ),
+        train_dataset=training_rankings(recipe, held_out),
         eval_dataset=held_out,
         processing_class=tokenizer_of(recipe.model, recipe.pad_token),
         peft_config=peft_config,
@@ -109,8 +111,10 @@ def train_policy(recipe: APARecipe) -> Path:
 
 
 def reward_arguments(recipe: RewardRecipe) -> KwiseRewardConfig:
-    """The trainer's config. Raises RecipeError that names a bad key of `trainer`."""
+    """The trainer's config. Raises RecipeError that names a bad key of the recipe."""
     _check_trainer(KwiseRewardConfig, recipe.trainer)
+    if recipe.streaming:
+        _check_stream(recipe)
     return reward_config(recipe.output_dir, recipe.seed, recipe.trainer)
 
 
@@ -120,6 +124,39 @@ def policy_arguments(recipe: APARecipe) -> APAConfig:
     if recipe.base not in ("starling", "paper"):
         raise RecipeError(f"base: no {recipe.base!r}; choose from starling, paper")
     return apa_config(recipe.output_dir, recipe.seed, recipe.base, recipe.trainer)
+
+
+def _check_stream(recipe: RewardRecipe) -> None:
+    if not re.fullmatch(r"\w+", recipe.split):
+        raise RecipeError(
+            f"split: a stream has no slices, as {recipe.split!r}: name a whole split; "
+            "prompts of eval_split are left out of it"
+        )
+    if recipe.rows is not None:
+        raise RecipeError("rows: not of a stream; set trainer.max_steps to read less")
+    if recipe.trainer.get("max_steps", 0) <= 0:
+        raise RecipeError(
+            "trainer.max_steps: a stream does not say how long it is: give the number of "
+            "optimiser steps"
+        )
+
+
+def training_rankings(
+    recipe: RewardRecipe, held_out: Dataset | None
+) -> Dataset | IterableDataset:
+    """What a recipe learns from: a table, or a shuffled stream without held-out prompts.
+
+    The stream sets bad rows aside with a warning each: a run should not end at one.
+    """
+    if not recipe.streaming:
+        return first_rankings(recipe.data, recipe.split, recipe.rows, recipe.half)
+    rows = load_rankings(
+        recipe.data, recipe.split, on_error="skip", half=recipe.half, streaming=True
+    )
+    if held_out is not None:
+        rows = without_prompts(rows, held_out)
+    # The same seed in all processes: they share the rows of one order.
+    return rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER)
 
 
 def _check_trainer(config: type, trainer: dict[str, Any]) -> None:

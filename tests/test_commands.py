@@ -99,6 +99,26 @@ def test_the_chain_by_commands_alone(folder, capsys):
     assert "reward_model: runs/tiny/apa is ['LlamaForCausalLM'], which gives no" in said
 
 
+@pytest.mark.filterwarnings("ignore:some rows hold identical answers")
+def test_a_stream_is_learnt_from_without_what_is_held_out(folder):
+    from starling_lib.recipes import first_rankings
+    from starling_lib.training_runs import training_rankings
+
+    options = ["streaming=true", "rows=null", "eval_split=train[:9]", *SMALL[1:]]
+    assert main(["reward", "tiny", *options]) == 0
+    run = Path("runs/tiny/reward")
+    assert (run / "config.json").exists() and (run / "reward_report.json").exists()
+
+    recipe = read_command(BY_NAME["reward"], "tiny", options)
+    held_out = first_rankings(recipe.data, recipe.eval_split)
+    read, again = (
+        [row["id"] for row in training_rankings(recipe, held_out)] for _ in range(2)
+    )
+    half = first_rankings(recipe.data, "train", half=recipe.half)["id"][:]
+    assert read == again and set(read) == set(half) - set(held_out["id"])
+    assert 0 < len(read) < len(half) and read != sorted(read, key=half.index)
+
+
 def test_adapters_are_merged_into_the_saved_model(folder):
     from starling_lib.models import load_reward_model
 
@@ -393,6 +413,18 @@ def test_the_source_is_described_as_the_class_is(module, name):
         (["apa", "tiny", "trainer.qqq=1"], "trainer.qqq: no such key; known: see"),
         (["reward", "tiny", "trainer.seed=1"], "trainer.seed: set seed of the recipe"),
         (["reward", "tiny", "trainer.loss_type=kwiss"], "loss_type='kwiss': choose"),
+        (
+            ["reward", "tiny", "streaming=true"],
+            "rows: not of a stream; set trainer.max",
+        ),
+        (
+            ["reward", "tiny", "streaming=true", "rows=null"],
+            "trainer.max_steps: a stream does not say how long it is",
+        ),
+        (
+            ["reward", "tiny", "streaming=true", "split=train[:9]"],
+            "split: a stream has no slices, as 'train[:9]': name a whole split",
+        ),
         (["reward", "tiny", "lora.rang=1"], "lora.rang: no such key; did you mean"),
         (["reward", "tiny", "output=x"], "output: no such key; did you mean 'output_"),
         (["reward", "output_dir=x"], "model: missing, smollm2-135m, tiny, a folder"),

@@ -112,6 +112,64 @@ def test_apa_by_ddp_killed_and_resumed_is_apa_in_one_process(one_apa, tmp_path):
     assert all(torch.equal(read[name], two[name]) for name in two)
 
 
+# --- DDP on a stream
+
+
+def nectar_rows() -> list[dict]:
+    """The toy rows in the schema of Nectar's files."""
+    return [
+        {
+            "prompt": f"\n\nHuman: {row['prompt'][0]['content']}\n\nAssistant: ",
+            "answers": [
+                {"answer": text, "model": "m", "rank": rank, "finished": finished}
+                for rank, (text, finished) in enumerate(
+                    zip(row["responses"], row["finished"], strict=True), start=1
+                )
+            ],
+        }
+        for row in toy_rows()
+    ]
+
+
+def rows_of(folder: Path, process: int = 0) -> list[str]:
+    return (folder / f"rows-{process}.txt").read_text().split()
+
+
+@pytest.mark.slow
+def test_a_streamed_file_is_shared_out_and_found_again_after_a_kill(tmp_path):
+    """Six steps of two rows, beyond the end of ten: one process has them all."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in nectar_rows()))
+    options = (*REWARD, "--stream", file)
+    one, two, broken = (tmp_path / name for name in ("one", "two", "broken"))
+    finished_weights(one, *options, "--batch", 2)
+    options += ("--batch", 1, "--save-steps", 2)
+    whole = finished_weights(two, *options, processes=2)
+    assert_same_training(one, two)
+    pairs = zip(rows_of(two, 0), rows_of(two, 1), strict=True)
+    assert rows_of(one) == [row for pair in pairs for row in pair]
+    assert sorted(rows_of(one)[:10]) == list("0123456789") != rows_of(one)[:10]
+
+    killed = run(broken, *options, "--die-in", "step", "--at", 5, processes=2)
+    assert killed.returncode == 1 and names(broken) >= {"checkpoint-4"}
+    seen = len(rows_of(broken))
+    assert equal(finished_weights(broken, *options, processes=2), whole)
+    assert losses(broken) == losses(two)
+    assert rows_of(broken)[seen:] == rows_of(two)[4:]
+
+
+@pytest.mark.slow
+def test_processes_read_row_groups_of_their_own(tmp_path):
+    """Three and two of five; who has fewer rows waits for nobody."""
+    file = tmp_path / "rows.parquet"
+    Dataset.from_list(nectar_rows()).to_parquet(file, batch_size=2)
+    options = ("--stream", file, "--batch", 2, "--steps", 3)
+    finished_weights(tmp_path / "two", *options, processes=2)
+    first, second = (rows_of(tmp_path / "two", process) for process in range(2))
+    assert len(set(first)) == 6 and len(second) == 6 and len(set(second)) == 4
+    assert set(first) | set(second) == set("0123456789")
+
+
 # --- FSDP2, by transformers' own mechanism
 
 

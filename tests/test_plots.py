@@ -222,7 +222,7 @@ def test_interval_width_follows_the_root_law():
     (ax,) = plots.interval_width([4, 16], [1.1, 0.5], difference=0.7).axes
     assert line(ax, "half-width measured").tolist() == [1.1, 0.5]
     assert line(ax, "1/√n through the last point") == pytest.approx([1.0, 0.5])
-    assert set(line(ax, "gain observed")) == {0.7}
+    assert set(line(ax, "difference observed")) == {0.7}
 
 
 def test_a_figure_shows_itself_in_a_notebook_whatever_the_backend():

@@ -1,12 +1,16 @@
 """Training, saving and reading of reward models."""
 
 import copy
+import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -409,6 +413,149 @@ def test_a_cache_too_large_is_refused_before_training(
             num_layers_unfrozen=1,
             trunk_cache_gb=1e-9,
         )
+
+
+# --- a stream
+
+
+def uneven() -> Dataset:
+    """Two to four responses a row, in an order that no batch of two hides."""
+    rows = toy_rows()
+    for i, row in enumerate(rows):
+        for field in ("responses", "finished"):
+            row[field] = row[field][: 2 + i % 3]
+    return Dataset.from_list(rows)
+
+
+def losses(trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_a_stream_trains_what_a_table_trains(reward_model, tokenizer, tmp_path):
+    """Unshuffled, beyond its end, though no batch knows the data's largest K."""
+    table = uneven()
+    order = {"train_sampling_strategy": "sequential", "max_steps": 7}
+    trainers = [
+        make_trainer(tmp_path, reward_model, tokenizer, rows, **order)
+        for rows in (table, table.to_iterable_dataset())
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert losses(trainers[0]) == losses(trainers[1])
+    assert len(set(losses(trainers[0]))) == 7
+    assert same(*map(weights, trainers))
+    widths = [
+        trainer._collate(list(trainer.train_dataset.take(2)))["ends"].shape[1]
+        for trainer in trainers
+    ]
+    assert widths == [4, 3]
+    assert trainers[1].score_rankings(table).shape == (10, 4)
+
+
+def test_a_stream_is_encoded_as_it_is_read(reward_model, tokenizer, tmp_path):
+    read = []
+
+    def rows():
+        for row in toy_rows():
+            read.append(row)
+            yield row
+
+    stream = IterableDataset.from_generator(rows)
+    trainer = make_trainer(tmp_path, reward_model, tokenizer, stream, max_steps=2)
+    looked = len(read)  # at the first row, for the names of columns
+    assert looked <= 1
+    trainer.train()
+    assert 4 <= len(read) - looked <= 6, "two batches, and one ahead"
+
+
+def test_a_resumed_stream_equals_the_uninterrupted_one(
+    reward_model, tokenizer, tmp_path
+):
+    """Bit for bit, with dropout, in the second pass over the rows."""
+    for layer in reward_model.model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    stream = uneven().to_iterable_dataset().shuffle(seed=3, buffer_size=4)
+    saving = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "linear"}
+    saving |= {"gradient_accumulation_steps": 2, "max_steps": 6}
+    arguments = (reward_model, tokenizer, stream)
+    whole = make_trainer(tmp_path / "whole", *arguments, **saving)
+    whole.train()
+    first = make_trainer(tmp_path / "parts", *arguments, **saving)
+    first.add_callback(StopAt(4))  # 16 of 10 rows
+    first.train()
+    torch.manual_seed(99)
+    second = make_trainer(tmp_path / "parts", *arguments, **saving)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 6 and losses(second) == losses(whole)
+    assert same(weights(whole), weights(second))
+    assert not same(weights(whole), weights(first))
+
+
+@pytest.mark.parametrize("shards", [5, 1])
+def test_processes_share_a_shuffled_stream(shards, reward_model, tokenizer, tmp_path):
+    """By shards, each process's over and over; taking turns where there is one shard."""
+    stream = Dataset.from_list(toy_rows()).to_iterable_dataset(num_shards=shards)
+    stream = stream.shuffle(seed=1, buffer_size=4)
+    trainer = make_trainer(tmp_path, reward_model, tokenizer, stream, max_steps=2)
+    # By default, one process would read for all and send the others theirs.
+    assert trainer.accelerator.dispatch_batches is False
+    loader = DataLoader(trainer.train_dataset, batch_size=2, collate_fn=list)
+    read = []
+    for rank in range(2):
+        share = {"num_processes": 2, "process_index": rank, "dispatch_batches": False}
+        batches = itertools.islice(prepare_data_loader(loader, **share), 6)
+        read.append([str(row["input_ids"]) for batch in batches for row in batch])
+    if shards == 1:  # a batch of four, halved
+        whole = [str(row["input_ids"]) for row in trainer.train_dataset.take(24)]
+        halves = [[0, 1], [2, 3]]
+        assert read == [
+            [whole[4 * n + i] for n in range(6) for i in half] for half in halves
+        ]
+    else:
+        counts = [Counter(rows) for rows in read]
+        assert [set(count.values()) for count in counts] == [{2}, {3}]
+        assert not set(counts[0]) & set(counts[1])
+        assert len(set(counts[0]) | set(counts[1])) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": -1}, "a stream, which does not say how long it is: set max_st"),
+        (
+            {"cache_trunk": True, "num_layers_unfrozen": 1},
+            "not with a stream. Set cach",
+        ),
+    ],
+)
+def test_what_must_know_all_rows_refuses_a_stream(
+    changes, message, reward_model, tokenizer, toy_rankings, tmp_path
+):
+    stream = toy_rankings.to_iterable_dataset()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, reward_model, tokenizer, stream, **changes)
+
+
+def test_a_stream_is_not_evaluated(reward_model, tokenizer, toy_rankings, tmp_path):
+    arguments = (tmp_path, reward_model, tokenizer)
+    stream = toy_rankings.to_iterable_dataset()
+    with pytest.raises(ValueError, match="not evaluated: give a table"):
+        make_trainer(*arguments, toy_rankings, stream)
+    trainer = make_trainer(*arguments, stream)
+    with pytest.raises(ValueError, match="not evaluated: give a table"):
+        trainer.score_rankings(stream)
+
+
+def test_a_streamed_row_with_a_single_response_is_left_out(
+    reward_model, tokenizer, tmp_path
+):
+    rows = toy_rows()[:3]
+    rows[1] = {**rows[1], "responses": ["only"], "finished": [True]}
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, reward_model, tokenizer, stream)
+    with pytest.warns(UserWarning, match="some rows rank a single response"):
+        read = list(trainer.train_dataset.take(4))
+    assert read[0] == read[2] != read[1] == read[3]
 
 
 # --- adapters

@@ -12,6 +12,7 @@ and the launcher stops the others.
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -37,6 +38,7 @@ from starling_lib import generation
 from starling_lib.apa import APAConfig, APATrainer
 from starling_lib.generation import InverseSampling
 from starling_lib.models import load_policy, load_reward_model, load_tokenizer
+from starling_lib.rankings import load_rankings
 from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
 from starling_lib.rollouts import given_responses
 
@@ -157,6 +159,18 @@ def shard_by_accelerate(config: str) -> None:
     accelerate_state.AcceleratorState.__init__ = as_on_gpus
 
 
+class KeepRows(KwiseRewardTrainer):
+    """Writes down which of the toy prompts its process learns from, by number."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        for ids in inputs["input_ids"]:
+            text = self.processing_class.decode(ids)
+            name = f"rows-{self.args.process_index}.txt"
+            with (Path(self.args.output_dir) / name).open("a") as file:
+                print(re.search(r"say (\d)", text)[1], file=file)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 # --- the two trainers
 
 
@@ -182,10 +196,15 @@ def reward_run(options) -> KwiseRewardTrainer:
         model = sharded(AutoModelForSequenceClassification, options.model)
     else:
         model = load_reward_model(options.model, tokenizer)
-    return KwiseRewardTrainer(
+    if options.stream:
+        rows = load_rankings(options.stream, streaming=True)
+        rows = rows.shuffle(seed=1, buffer_size=4)
+    else:
+        rows = Dataset.from_list(toy_rows())
+    return (KeepRows if options.stream else KwiseRewardTrainer)(
         model,
         args,
-        Dataset.from_list(toy_rows()),
+        rows,
         processing_class=tokenizer,
         peft_config=lora,
     )
@@ -270,6 +289,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="train the last N on a cached trunk")
     parser.add_argument("--all-layers", action="store_true", help="of the policy")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--stream", help="rankings to read while training")
     parser.add_argument("--save-steps", type=int, default=0)
     parser.add_argument("--die-in", choices=STAGES)
     parser.add_argument("--at", type=int, default=0)
