@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
@@ -817,10 +817,15 @@ def fitting_prompts(
 ) -> Dataset | None:
     """The rows whose prompt has at most `limit` tokens; the others go, with a count.
 
-    Raises ValueError when none is left.
+    Raises ValueError when none is left, TypeError for a stream.
     """
     if dataset is None:
         return None
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            "prompts are read by their number, which a stream does not have: give a table "
+            "of them, such as load_rankings(...).select_columns('prompt')"
+        )
 
     def count(row: dict) -> dict:
         return {"tokens": len(encode_prompt(tokenizer, row["prompt"]))}

@@ -925,6 +925,8 @@ def test_long_prompts_are_left_out_with_a_count(tokenizer, tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="4 of 4 prompts .* none is left"):
         fitting_prompts(Dataset.from_list(rows), tokenizer, 3)
+    with pytest.raises(TypeError, match="a stream does not have"):
+        fitting_prompts(Dataset.from_list(rows).to_iterable_dataset(), tokenizer, 3)
 
 
 def test_a_prompt_must_leave_room_for_a_response(tokenizer, tmp_path):

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from starling_lib import bench_files, evaluation
 from starling_lib.agreement import agreement_table, votes_from_scores
 from starling_lib.bench_files import judgment_frame
-from starling_lib.judges import JudgeError, OpenAIJudge, Reply
+from starling_lib.judges import JudgeError, OpenAIJudge, RecordedJudge, Reply
 from starling_lib.mt_bench import (
     JudgmentParseError,
     answer_questions,
@@ -48,6 +48,7 @@ from starling_lib.mt_bench import (
     write_answers,
     write_judgments,
 )
+from starling_lib.rankings import data_path
 from starling_lib.responders import Responder
 from starling_lib.win_rates import games_from_judgments, pairwise_table, resolve_swaps
 
@@ -1358,3 +1359,30 @@ def test_no_warning_when_all_is_well(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         judged(Scripted(rate), QUESTIONS)
+
+
+# --- the bundled run
+
+
+def test_the_bundled_run_is_whole(tmp_path):
+    """Every request has its reply, every answer its rewards, and they belong together."""
+    folder, questions = data_path("bench_run"), read_questions()
+    answers = read_answers(folder / "model_answer")
+    judge = RecordedJudge(folder / "judge_replies.jsonl")
+    ratings = judge_answers(answers, questions, judge, progress=False)
+    pairs = judge_pairs(answers, questions, judge, progress=False)
+    assert len(ratings) == 320 and len(pairs) == 160
+    assert ratings["error"].isna().all() and pairs["error"].isna().all()
+    assert judge.usage.asked == 0
+    for name in ("proxy", "gold"):
+        file = tmp_path / f"{name}.jsonl"
+        bundled = folder / "model_judgment" / f"{name}_reward_single.jsonl"
+        file.write_bytes(bundled.read_bytes())
+
+        def unasked(*args):
+            raise AssertionError("a score is missing, or of another text")
+
+        scores = score_answers(
+            answers, questions, unasked, file, f"{name} reward", progress=False
+        )
+        assert len(scores) == 320

@@ -1,5 +1,6 @@
 """Every notebook on the tiny preset: as a chain, and each alone in a fresh cache."""
 
+import zlib
 from pathlib import Path
 
 import nbformat
@@ -18,7 +19,7 @@ def chain_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("chain")
 
 
-def execute_tiny(path: Path, cache: Path, folder: Path) -> dict:
+def execute_tiny(path: Path, cache: Path, folder: Path, **parameters) -> dict:
     """Run `path` in `folder`, all downloads going to `cache`; return its figures."""
     environment = run.kernel_environment() | {
         "STARLING_CACHE": str(cache),
@@ -26,7 +27,7 @@ def execute_tiny(path: Path, cache: Path, folder: Path) -> dict:
         "HF_HUB_OFFLINE": "1",
     }
     nb = nbformat.read(path, as_version=4)
-    nb = run.override_parameters(nb, {"PRESET": "tiny"})
+    nb = run.override_parameters(nb, {"PRESET": "tiny", **parameters})
     run.execute(nb, folder, environment)
     return run.key_figures(nb)
 
@@ -44,3 +45,23 @@ def test_alone(path, tmp_path):
     cache.mkdir()
     folder.mkdir()
     assert execute_tiny(path, cache, folder)
+
+
+def test_the_bench_asks_an_endpoint_instead(chain_cache, tmp_path, serve, monkeypatch):
+    """Notebook 04 with a judge behind a server; what it says depends on every letter."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+    def say(body, count):
+        prompt = body["messages"][-1]["content"]
+        number = zlib.crc32(prompt.encode())
+        if "Rating: [[number]]" in prompt:
+            return f"Rating: [[{number % 3 + 7}]]"
+        return f"Verdict: [[{'ABC'[number % 3]}]]"
+
+    server = serve(say)
+    (path,) = [p for p in NOTEBOOKS if p.stem == "04_evaluation"]
+    asked = {"JUDGE": "stub", "JUDGE_URL": server.url}
+    figures = execute_tiny(path, chain_cache, tmp_path, **asked)
+    assert 7 < figures["committed run, stub: tuned"] < 9  # the recorded judge: 1.5
+    assert len(server.asked) == 622  # each text once; 18 of 640 are equal to another
+    assert (tmp_path / "judge_replies.jsonl").exists()

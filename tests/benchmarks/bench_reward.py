@@ -4,7 +4,8 @@
 
 Every measurement is a process of its own; the variants take turns, so that a slow minute
 of the machine hits all of them. Prints a table and writes
-`data/studies/speed_reward_DATA.json`.
+`data/studies/speed_reward_DATA.json` after every measurement; stopped, the same call goes
+on.
 """
 
 import argparse
@@ -304,7 +305,10 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompts", type=int, default=8, help="timed prompts a run")
+    parser.add_argument("--prompts", type=int, default=4, help="timed prompts a run")
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure anew what is there already"
+    )
     parser.add_argument(
         "--learn", type=int, default=0, help="prompts to learn from; 0: none"
     )
@@ -323,9 +327,11 @@ def main() -> None:
         return
     if options.data == "nectar_sample" and not SHARED.is_dir():
         raise SystemExit("the Nectar sample is not beside this checkout")
-    runs: dict[str, list[dict]] = {variant: [] for variant in options.only}
+    runs = {variant: [] for variant in options.only} | measured(options)
     for repeat in range(options.repeats):
         for variant in options.only:
+            if len(runs[variant]) > repeat:
+                continue
             runs[variant].append(run(variant, options, "speed"))
             speed = runs[variant][-1]["prompts_per_second"]
             print(
@@ -342,6 +348,16 @@ def main() -> None:
     print(f"\n{table(rows)}\n\n{path}")
 
 
+def measured(options) -> dict[str, list[dict]]:
+    """What an earlier call measured on this machine with as many prompts."""
+    path = RESULTS / f"speed_reward_{options.data}.json"
+    if options.fresh or not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    same = (before["machine"], before["prompts"]) == (machine(), options.prompts)
+    return before["runs"] if same else {}
+
+
 def write(options, runs: dict[str, list[dict]], accuracy: dict) -> tuple[Path, list]:
     """Keep what was measured so far."""
     rows = summary({v: measured for v, measured in runs.items() if measured}, accuracy)
@@ -349,6 +365,7 @@ def write(options, runs: dict[str, list[dict]], accuracy: dict) -> tuple[Path, l
         "date": date.today().isoformat(),
         "command": " ".join(["python tests/benchmarks/bench_reward.py", *sys.argv[1:]]),
         "machine": machine(),
+        "prompts": options.prompts,
         "learned_from": options.learn,
         "rows": rows,
         "runs": runs,
