@@ -51,7 +51,7 @@ test: lint  ## lint, fast tests, notebooks on the tiny preset
 	$(OFFLINE) $(PY) -m pytest -m 'notebook and not slow'
 
 test-slow: $(STAMP)  ## tests that need SmolLM2, kills or second processes
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
 bench-reward: $(STAMP)  ## speed of reward training, TRL beside ours (an hour)
 	$(OFFLINE) $(PY) tests/benchmarks/bench_reward.py $(ARGS)
