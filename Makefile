@@ -48,7 +48,8 @@ run: $(STAMP)  ## execute notebooks 01-05 and print their key figures
 test: lint  ## lint, fast tests, notebooks on the tiny preset
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile \
 	  -m 'not slow and not notebook'
-	$(OFFLINE) $(PY) -m pytest -m 'notebook and not slow'
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup \
+	  -m 'notebook and not slow'
 
 test-slow: $(STAMP)  ## tests that need SmolLM2, kills or second processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow

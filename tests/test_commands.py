@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from chat_server import transformers_server
 from test_bench_compare import GIVEN, QUESTIONS, by_length, by_name
 
 from starling_lib import models, publish
@@ -612,6 +614,23 @@ def test_apa_goes_on_after_a_kill(folder):
         load_file(folder / name / "model.safetensors") for name in ("cut", "whole")
     )
     assert all((cut[name] == whole[name]).all() for name in whole)
+
+
+@pytest.mark.slow
+def test_what_a_command_leaves_is_served_as_any_model_is(folder):
+    """The README's request, to transformers' own server."""
+    assert main(["reward", "tiny"]) == main(["apa", "tiny"]) == 0
+    body = {"model": "runs/tiny/apa", "messages": [{"role": "user", "content": "Hi"}]}
+    with transformers_server(folder / "server.log") as url:
+        request = urllib.request.Request(
+            f"{url}/chat/completions",
+            json.dumps({**body, "max_tokens": 8}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            said = json.load(reply)
+    assert said["choices"][0]["message"]["role"] == "assistant"
+    assert said["usage"]["completion_tokens"] <= 8
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("0*.ipynb"))
 
 pytestmark = pytest.mark.notebook
+# In the order of the files and in one process, whatever the others do.
+in_turn = pytest.mark.xdist_group("chain")
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,15 @@ def execute_tiny(path: Path, cache: Path, folder: Path, **parameters) -> dict:
     return run.key_figures(nb)
 
 
+@in_turn
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_chain(path, chain_cache, tmp_path):
     assert execute_tiny(path, chain_cache, tmp_path)
     assert list(tmp_path.iterdir()) == [], "a notebook wrote into the working directory"
 
 
-# The first has nothing before it: in the chain it is alone already.
-@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+# The first and the last take nothing from the others: in the chain they are alone already.
+@pytest.mark.parametrize("path", NOTEBOOKS[1:-1], ids=lambda path: path.stem)
 def test_alone(path, tmp_path):
     cache, folder = tmp_path / "cache", tmp_path / "elsewhere"
     cache.mkdir()
@@ -47,6 +50,7 @@ def test_alone(path, tmp_path):
     assert execute_tiny(path, cache, folder)
 
 
+@in_turn
 def test_the_bench_asks_an_endpoint_instead(chain_cache, tmp_path, serve, monkeypatch):
     """Notebook 04 with a judge behind a server; what it says depends on every letter."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")

@@ -500,8 +500,6 @@ def recipe_of(kind: str, folder: str) -> RewardRecipe | APARecipe:
 
 def measure(kind: str, folder: str) -> None:
     """Train on rows as long as the recipe lets through; print bytes above the start."""
-    import resource
-
     from datasets import Dataset
 
     from starling_lib.apa import APATrainer
@@ -510,7 +508,9 @@ def measure(kind: str, folder: str) -> None:
     from starling_lib.training_runs import policy_arguments, reward_arguments
 
     def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not `ru_maxrss`, which starts at what the process that started this one held.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
     start, recipe = peak(), recipe_of(kind, folder)
     tokenizer = load_tokenizer("smollm2-135m")
