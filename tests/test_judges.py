@@ -3,19 +3,18 @@ import http.server
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from chat_server import transformers_server
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1109,7 +1108,7 @@ def test_kills_lose_no_reply_that_was_written_down(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def transformers_server(tmp_path_factory):
+def smollm2_server(tmp_path_factory):
     """URL of `transformers serve` and the folder of the model it is asked for."""
     for package in ("fastapi", "uvicorn"):
         pytest.importorskip(package)
@@ -1118,43 +1117,13 @@ def transformers_server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "smollm2"
     load_policy("smollm2-135m").save_pretrained(folder)
     load_tokenizer("smollm2-135m").save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
-    command += ["--host", "127.0.0.1", "--port", port, "--device", "cpu"]
-    output = tmp_path_factory.mktemp("log") / "server.log"
-    with output.open("w") as log:
-        server = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server, output)
-        yield f"http://127.0.0.1:{port}/v1", str(folder)
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def wait_for(url, server, output, seconds=180):
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return urllib.request.urlopen(url, timeout=5).read()
-        except OSError:
-            stopped = server.poll() is not None
-            assert not stopped and time.monotonic() < deadline, output.read_text()[
-                -2000:
-            ]
-            time.sleep(0.5)
+    with transformers_server(tmp_path_factory.mktemp("log") / "server.log") as url:
+        yield url, str(folder)
 
 
 @pytest.mark.slow
-def test_transformers_own_server_answers(transformers_server, tmp_path):
-    url, model = transformers_server
+def test_transformers_own_server_answers(smollm2_server, tmp_path):
+    url, model = smollm2_server
     settings = {"do_sample": False, "max_new_tokens": 12}
     extra = {"generation_config": json.dumps(settings)}
     options = {"base_url": url, "max_tokens": None, "timeout": 300, "max_retries": 0}

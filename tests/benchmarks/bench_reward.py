@@ -360,7 +360,7 @@ def measured(options) -> dict[str, list[dict]]:
 
 def write(options, runs: dict[str, list[dict]], accuracy: dict) -> tuple[Path, list]:
     """Keep what was measured so far."""
-    rows = summary({v: measured for v, measured in runs.items() if measured}, accuracy)
+    rows = summary({v: each for v, each in runs.items() if each}, accuracy)
     result = {
         "date": date.today().isoformat(),
         "command": " ".join(["python tests/benchmarks/bench_reward.py", *sys.argv[1:]]),
