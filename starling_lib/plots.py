@@ -295,6 +295,61 @@ def reward_against_kl(runs: Mapping[str, Sequence[Mapping]]) -> Figure:
     return figure
 
 
+@styled
+def policy_study(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Several methods: reward against KL while training, and what is left held out.
+
+    Args:
+        runs: one row a run: `method`, `curve` (its log entries with `kl` and `reward`,
+            empty where a trainer logs no KL). Lines are means over a method's runs,
+            bands reach from its lowest run to its highest.
+        table: `studies.summary` of them: gains with intervals, proxy beside gold.
+    """
+    figure = new_figure(7.5, 3.6)
+    path, held_out = figure.subplots(1, 2)
+    colours = (*CYCLE, "black", GREY)
+    methods = [method for method in table.index if method != "start"]
+    for i, method in enumerate(methods):
+        own = runs[runs["method"] == method]["curve"]
+        colour = colours[i % len(colours)]
+        _draw_paths(path, [curve for curve in own.dropna() if curve], colour)
+        _draw_gains(held_out, table.loc[method], colour, method)
+    path.set(title="While training", ylabel="mean proxy reward")
+    held_out.set(title="Held-out prompts", ylabel="gain over the start")
+    for ax in (path, held_out):
+        ax.set_xlabel("KL to the start (nats per response)")
+    held_out.plot([], [], "o", c=GREY, label="proxy")
+    held_out.plot([], [], "s", c=GREY, mfc="white", label="gold")
+    figure.legend(
+        *held_out.get_legend_handles_labels(), loc="outside upper center", ncols=5
+    )
+    return figure
+
+
+def _draw_paths(ax: Axes, curves: Sequence[Sequence[Mapping]], colour: str) -> None:
+    if not (curves := [curve for curve in curves if "kl" in curve[0]]):
+        return
+    points = [[(entry["kl"], entry["reward"]) for entry in curve] for curve in curves]
+    kl, reward = np.moveaxis(np.array(points, dtype=float), -1, 0)  # (runs, entries)
+    ax.plot(kl.mean(0), reward.mean(0), ".-", c=colour)
+    ends = reward.min(0), reward.max(0)
+    ax.fill_between(kl.mean(0), *ends, color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_gains(ax: Axes, row: pd.Series, colour: str, label: str) -> None:
+    styles = {
+        "proxy": {"fmt": "o", "label": label},
+        "gold": {"fmt": "s", "mfc": "white"},
+    }
+    for measure, style in styles.items():
+        middle, low, high = row[measure][["estimate", "low", "high"]]
+        ends = [[middle - low], [high - middle]]
+        aside = 1.0 if measure == "proxy" else 1.03  # so that bars do not hide bars
+        ax.errorbar(
+            row["", "kl"] * aside, middle, ends, c=colour, elinewidth=1, **style
+        )
+
+
 # --- evaluation
 
 

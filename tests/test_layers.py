@@ -14,6 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "starling_lib"
 ORDER = [
     "statistics",
+    "studies",
     "chat",
     "audit",
     "win_rates",

@@ -156,6 +156,34 @@ def test_reward_against_kl():
         plots.reward_against_kl({"empty": [{"loss": 1.0}]})
 
 
+def test_policy_study_draws_bands_over_seeds_and_both_judges_gains():
+    def curve(*rewards):
+        return [{"kl": float(i), "reward": r} for i, r in enumerate(rewards)]
+
+    runs = pd.DataFrame(
+        {
+            "method": ["start", "apa", "apa", "apa", "rloo"],
+            # A run that broke off has no curve; RLOO's log names no KL.
+            "curve": [[], curve(0.0, 1.0), curve(0.0, 3.0), None, [{"reward": 1.0}]],
+        }
+    )
+    ends = ("estimate", "low", "high")
+    columns = [(judge, end) for judge in ("proxy", "gold") for end in ends]
+    table = pd.DataFrame(
+        [[0.0] * 7, [2.0, 1.0, 3.5, 1.0, 0.5, 1.5, 4.0], [0.5] * 7],
+        index=["start", "apa", "rloo"],
+        columns=pd.MultiIndex.from_tuples([*columns, ("", "kl")]),
+    )
+    path, held_out = plots.policy_study(runs, table).axes
+    assert [line.get_ydata().tolist() for line in path.lines] == [[0.0, 2.0]]
+    band = path.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == 3.0 and band[band[:, 0] == 1.0, 1].min() == 1.0
+    bars = held_out.containers[:2]  # apa by proxy, by gold
+    assert [bar.lines[0].get_ydata().tolist() for bar in bars] == [[2.0], [1.0]]
+    assert bars[0].lines[2][0].get_segments()[0][:, 1].tolist() == [1.0, 3.5]
+    assert [bar.get_label() for bar in held_out.containers[::2]] == ["apa", "rloo"]
+
+
 # --- evaluation
 
 

@@ -11,19 +11,24 @@ A method's learning rate is the best of a grid on 20 prompts of half B, by the p
 each. Ablations change one setting of `apa-small`.
 
 A run appends a line to `data/studies/policies.jsonl`, so a stopped study goes on;
-`--table` prints what is there.
+`--table` prints what is there. Runs are independent and small, so that several processes
+of few threads (`--workers`) do more in an hour than one process with all of them.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import tempfile
+import time
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from bench_rollout import reward_function
+
+from starling_lib.studies import RUN_KEYS, best_rate, read_runs, summary
 
 PRESET, MODEL = "small", "smollm2-135m"
 RESULTS = Path(__file__).resolve().parents[2] / "data/studies/policies.jsonl"
@@ -189,7 +194,12 @@ def half_a():
 
 
 class Lab:
-    """What all runs share: the initial policy, prompts, proxy and gold."""
+    """What all runs of a process share: the initial policy, prompts, proxy and gold."""
+
+    @staticmethod
+    @cache
+    def of_process() -> "Lab":
+        return Lab()
 
     def __init__(self):
         from starling_lib.models import cache_dir, load_policy, load_tokenizer
@@ -264,49 +274,40 @@ class Lab:
         return {**figures, "by_prompt": prompts, "samples": kept.to_dict("records")}
 
 
-def best_rate(runs: list[dict], method: str) -> float:
-    """The learning rate of a method's grid whose run had the best validation proxy."""
-    tried = [r for r in runs if r["method"] == method and r["seed"] == 0]
-    return max(tried, key=lambda run: run["validation"])["learning_rate"]
+def stages(methods: list[str], seeds: int):
+    """Lists of runs still to be made; a list is decided when those before it are done."""
+
+    def runs():
+        return read_runs(RESULTS)
+
+    known = set(runs()[list(RUN_KEYS)].itertuples(index=False, name=None))
+    ours, ablations = (
+        [m for m in kind if m in methods] for kind in (METHODS, ABLATIONS)
+    )
+
+    def missing(runs):
+        return [run for run in runs if (run[0], *run[2:]) not in known]
+
+    grid = [(m, METHODS[m][0], rate, 0) for m in ours for rate in METHODS[m][1]]
+    yield missing([("start", {}, 0.0, 0), *grid])
+    yield missing(
+        (m, METHODS[m][0], best_rate(runs(), m), seed)
+        for seed in range(1, seeds)
+        for m in ours
+    )
+    yield missing(
+        (m, {**SMALL, **ABLATIONS[m]}, best_rate(runs(), "apa-small"), seed)
+        for seed in range(seeds)
+        for m in ablations
+    )
 
 
-def done() -> list[dict]:
-    """The runs on disk; a line that a kill cut off is left out."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def plan(methods: list[str], seeds: int):
-    """Runs that are still to be made, in the order in which they can be decided."""
-
-    def missing(method, rate, seed):
-        known = {(r["method"], r["learning_rate"], r["seed"]) for r in done()}
-        return (method, rate, seed) not in known
-
-    if missing("start", 0.0, 0):
-        yield "start", {}, 0.0, 0
-    for method in [m for m in METHODS if m in methods]:
-        settings, rates = METHODS[method]
-        for rate in rates:
-            if missing(method, rate, 0):
-                yield method, settings, rate, 0
-    for seed in range(1, seeds):
-        for method in [m for m in METHODS if m in methods]:
-            rate = best_rate(done(), method)
-            if missing(method, rate, seed):
-                yield method, METHODS[method][0], rate, seed
-    for seed in range(seeds):
-        for name, change in ABLATIONS.items():
-            if name in methods:
-                rate = best_rate(done(), "apa-small")
-                if missing(name, rate, seed):
-                    yield name, {**SMALL, **change}, rate, seed
-
-
-def run(lab: Lab, method: str, settings: dict, rate: float, seed: int) -> dict:
+def run(job: tuple[str, dict, float, int]) -> dict:
     """Tune, measure, and the line to be kept. A collapse is a result, too."""
     from starling_lib.models import precision
 
+    lab, started = Lab.of_process(), time.perf_counter()
+    method, settings, rate, seed = job
     line = {"method": method, "learning_rate": rate, "seed": seed}
     line |= {"date": date.today().isoformat(), "precision": precision()}
     policy, curve = lab.reference, []
@@ -317,35 +318,8 @@ def run(lab: Lab, method: str, settings: dict, rate: float, seed: int) -> dict:
             return {**line, "validation": -1e9, "failed": str(error)}
     validation = lab.sampled(policy, lab.validation, 2)["reward"].mean()
     figures = {"validation": round(validation, 4), **lab.measure(policy)}
-    return {**line, **figures, "curve": curve}
-
-
-def table(runs: list[dict]) -> pd.DataFrame:
-    """Means over seeds of each method at its best rate, and its gain over the start."""
-    from starling_lib.statistics import bootstrap_interval
-
-    start = next(r for r in runs if r["method"] == "start")
-    rows = []
-    for method in dict.fromkeys(r["method"] for r in runs):
-        rate = best_rate(runs, method)
-        own = [r for r in runs if (r["method"], r["learning_rate"]) == (method, rate)]
-        row = {"method": method, "rate": rate, "seeds": len(own)}
-        own = [r for r in own if "failed" not in r]
-        row["failed"] = row["seeds"] - len(own)
-        if not own:
-            rows.append(row)
-            continue
-        for name in ("proxy", "gold"):
-            each = np.mean([r["by_prompt"][name] for r in own], axis=0)
-            gain = bootstrap_interval(each - np.array(start["by_prompt"][name]))
-            row |= {f"{name} gain": gain.estimate, "low": gain.low, "high": gain.high}
-            row = {
-                f"{name} {k}" if k in ("low", "high") else k: v for k, v in row.items()
-            }
-        for name in ("kl", "length", "eos_rate", "distinct_2"):
-            row[name] = np.mean([r[name] for r in own])
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("method")
+    minutes = round((time.perf_counter() - started) / 60, 1)
+    return {**line, **figures, "minutes": minutes, "curve": curve}
 
 
 def smoke() -> None:
@@ -361,6 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=everything, choices=everything)
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny, results thrown away"
     )
@@ -370,14 +345,24 @@ def main() -> None:
         smoke()
     RESULTS.parent.mkdir(exist_ok=True)
     if not options.table:
-        lab = Lab()
-        for job in plan(options.only, options.seeds):
-            line = run(lab, *job)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            kept = ("method", "learning_rate", "seed", "proxy", "gold", "kl")
-            print({name: line.get(name) for name in kept}, flush=True)
-    print(table(done()).round(3).to_string())
+        make_runs(options)
+    print(summary(read_runs(RESULTS)).round(3).to_string())
+
+
+def make_runs(options) -> None:
+    """Make what is missing; a line is kept as soon as its run ends, in any order."""
+    cores = len(os.sched_getaffinity(0)) // options.workers
+    os.environ["OMP_NUM_THREADS"] = str(max(cores, 1))  # read where torch is imported
+    context = multiprocessing.get_context("spawn")
+    prepare = smoke if options.smoke else None
+    with context.Pool(options.workers, prepare) as pool:
+        for jobs in stages(options.only, options.seeds):
+            for line in pool.imap_unordered(run, jobs):
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                kept = ("method", "learning_rate", "seed", "proxy", "gold", "kl")
+                told = {name: line.get(name) for name in (*kept, "minutes")}
+                print(told, flush=True)
 
 
 if __name__ == "__main__":

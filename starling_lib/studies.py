@@ -1,0 +1,99 @@
+"""A study's runs summed up: several methods, learning rates, seeds, the same prompts.
+
+Knows how a method's rate is chosen, what it gains over the start and over another method,
+and how sure that is. Does not know how a policy was tuned or sampled. One row of a frame
+is one run; its figures are means over prompts, `by_prompt` holds the prompts' own.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from starling_lib.statistics import Interval, crossed_interval
+
+RUN_KEYS = ("method", "learning_rate", "seed")
+
+
+def read_runs(path: str | Path) -> pd.DataFrame:
+    """Runs of a JSON-lines file, one a row, in the order in which they ended.
+
+    A last line that a kill cut off is left out: that run is made again. Raises ValueError
+    when a line lacks a key, or when a run stands twice.
+    """
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    runs = [json.loads(line) for line in lines if line.endswith("}")]
+    for number, run in enumerate(runs, 1):
+        if missing := [key for key in RUN_KEYS if key not in run]:
+            raise ValueError(f"{path.name}, run {number}: no {', '.join(missing)}")
+    frame = pd.DataFrame(runs, columns=None if runs else list(RUN_KEYS))
+    twice = frame[frame.duplicated(list(RUN_KEYS))]
+    if len(twice):
+        again = ", ".join(f"{key}={twice.iloc[0][key]}" for key in RUN_KEYS)
+        raise ValueError(f"{path.name}: the run {again} stands twice; remove one line")
+    return frame
+
+
+def best_rate(runs: pd.DataFrame, method: str) -> float:
+    """The learning rate of a method's grid whose run with seed 0 validated best.
+
+    Raises ValueError when the method has no run with seed 0.
+    """
+    tried = runs[(runs["method"] == method) & (runs["seed"] == 0)]
+    if tried.empty:
+        raise ValueError(f"method {method!r} has no run with seed 0")
+    return float(tried.loc[tried["validation"].idxmax(), "learning_rate"])
+
+
+def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of each method at its best rate: what a study compares."""
+    rates = {method: best_rate(runs, method) for method in runs["method"].unique()}
+    return runs[runs["learning_rate"] == runs["method"].map(rates)]
+
+
+def by_prompt(runs: pd.DataFrame, method: str, measure: str) -> np.ndarray:
+    """(seeds, prompts) means of a measure; a run that broke off has no row here."""
+    own = runs[runs["method"] == method]
+    rows = [
+        figures[measure] for figures in own["by_prompt"] if isinstance(figures, dict)
+    ]
+    return np.array(rows, dtype=float)
+
+
+def gain(
+    runs: pd.DataFrame, method: str, measure: str, over: str = "start"
+) -> Interval:
+    """How much more of a measure than another method, interval over seeds and prompts.
+
+    Prompts are the same in both, so their differences are taken one by one; seeds are
+    not, so each method's are drawn anew by themselves. `runs` as of `at_best_rates`.
+    """
+    ours, theirs = by_prompt(runs, method, measure), by_prompt(runs, over, measure)
+    if not len(ours) or not len(theirs):
+        raise ValueError(f"no finished run of {method if len(theirs) else over!r}")
+    return crossed_interval(ours, theirs)
+
+
+def summary(
+    runs: pd.DataFrame, measures: tuple[str, ...] = ("proxy", "gold")
+) -> pd.DataFrame:
+    """One row a method at its best rate: seeds, gains over the start, mean figures.
+
+    A measure's columns are `gain`, `low`, `high` under its name; the other columns stand
+    under an empty one. Runs that broke off count in `failed` and nowhere else.
+    """
+    runs = at_best_rates(runs)
+    rows = {}
+    for method in runs["method"].unique():
+        own = runs[runs["method"] == method]
+        row = {("", "rate"): own["learning_rate"].iloc[0], ("", "seeds"): len(own)}
+        row["", "failed"] = own["by_prompt"].isna().sum()
+        for measure in measures if own["by_prompt"].notna().any() else ():
+            ends = gain(runs, method, measure)._asdict()
+            row |= {(measure, name): ends[name] for name in ("estimate", "low", "high")}
+        for name in ("kl", "length", "eos_rate", "distinct_2"):
+            row["", name] = own[name].mean()
+        rows[method] = row
+    return pd.DataFrame.from_dict(rows, orient="index")

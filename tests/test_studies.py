@@ -1,0 +1,105 @@
+"""Studies: which runs count, the best rate, gains by hand, intervals that cover."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from starling_lib.statistics import crossed_interval
+from starling_lib.studies import at_best_rates, best_rate, gain, read_runs, summary
+
+
+def run(method, rate=0.0, seed=0, proxy=(0.0, 0.0), gold=(0.0, 0.0), validation=0.0):
+    figures = {"kl": 1.0 + seed, "length": 9.0, "eos_rate": 0.5, "distinct_2": 0.9}
+    by_prompt = {"proxy": list(proxy), "gold": list(gold)}
+    keys = {"method": method, "learning_rate": rate, "seed": seed}
+    return {**keys, "validation": validation, **figures, "by_prompt": by_prompt}
+
+
+def broken(method, rate, seed):
+    """As the study writes a run whose loss was not finite: no figures at all."""
+    keys = {"method": method, "learning_rate": rate, "seed": seed}
+    return {**keys, "validation": -1e9, "failed": "loss is nan"}
+
+
+RUNS = pd.DataFrame(
+    [
+        run("start", proxy=(1.0, 2.0), gold=(0.0, 1.0)),
+        run("apa", 1e-5, 0, (9.0, 9.0), validation=0.1),
+        run("apa", 2e-5, 0, (2.0, 4.0), (1.0, 1.0), validation=0.3),
+        run("apa", 2e-5, 1, (4.0, 4.0), (0.0, 2.0)),
+        run("ppo", 1e-5, 0, (1.0, 3.0), validation=0.2),
+        broken("ppo", 1e-5, 1),
+        broken("awr", 1e-5, 0),
+    ]
+)
+
+
+def test_the_rate_is_chosen_by_validation_and_not_by_the_figures_reported():
+    assert best_rate(RUNS, "apa") == 2e-5
+    assert len(at_best_rates(RUNS).query("method == 'apa'")) == 2
+    with pytest.raises(ValueError, match="'dpo' has no run"):
+        best_rate(RUNS, "dpo")
+
+
+def test_gains_by_hand():
+    runs = at_best_rates(RUNS)
+    assert gain(runs, "apa", "proxy").estimate == pytest.approx(3.5 - 1.5)
+    assert gain(runs, "apa", "proxy", over="ppo").estimate == pytest.approx(3.5 - 2.0)
+    # One run over the start: its prompts' gains are 0 and 1, and so are the extremes.
+    assert gain(runs, "ppo", "proxy") == (0.5, 0.0, 1.0)
+    with pytest.raises(ValueError, match="no finished run of 'awr'"):
+        gain(runs, "awr", "proxy")
+
+
+def test_a_run_that_broke_off_is_counted_and_takes_no_part_in_the_means():
+    table = summary(RUNS)
+    assert table["", "failed"].to_dict() == {"start": 0, "apa": 0, "ppo": 1, "awr": 1}
+    assert table["", "seeds"].to_dict() == {"start": 1, "apa": 2, "ppo": 2, "awr": 1}
+    assert table.loc["ppo", ("", "kl")] == 1.0
+    assert np.isnan(table.loc["awr", ("proxy", "estimate")])
+    assert table.loc["start", ("gold", "estimate")] == 0.0
+
+
+def test_lines_that_a_kill_cut_off_are_left_out_and_doubles_are_refused(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert list(read_runs(path).columns) == ["method", "learning_rate", "seed"]
+    whole = json.dumps(run("apa"))
+    path.write_text(f"{whole}\n{whole[:40]}")
+    assert len(read_runs(path)) == 1
+    path.write_text(f"{whole}\n{whole}\n")
+    with pytest.raises(ValueError, match="method=apa, learning_rate=0.0, seed=0"):
+        read_runs(path)
+    path.write_text('{"method": "apa", "seed": 0}\n')
+    with pytest.raises(ValueError, match="runs.jsonl, run 1: no learning_rate"):
+        read_runs(path)
+
+
+def test_a_crossed_interval_of_one_run_is_the_bootstrap_over_items():
+    items = np.random.default_rng(0).normal(size=40)
+    found = crossed_interval(items, np.zeros(40), resamples=20_000)
+    spread = items.std() / np.sqrt(40)
+    assert found.estimate == pytest.approx(items.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.05)
+    with pytest.raises(ValueError, match="items must be the same"):
+        crossed_interval(items, items[:3])
+
+
+def test_what_both_methods_share_on_an_item_cancels():
+    rng = np.random.default_rng(1)
+    hard = 100 * rng.normal(size=30)  # prompts differ far more than methods
+    a, b = (hard + shift + 0.1 * rng.normal(size=(5, 30)) for shift in (1.0, 0.0))
+    found = crossed_interval(a, b)
+    assert 0.9 < found.low < found.estimate < found.high < 1.1
+
+
+def test_intervals_cover_the_truth_when_seeds_and_items_both_vary():
+    rng, hits, trials = np.random.default_rng(2), 0, 200
+    for trial in range(trials):
+        runs, items = rng.normal(size=(8, 1)), rng.normal(size=(1, 30))
+        values = runs + items + rng.normal(size=(8, 30))
+        found = crossed_interval(values, np.zeros((1, 30)), resamples=300, seed=trial)
+        hits += found.low <= 0.0 <= found.high
+    # A bootstrap over items alone covers about half of the time here.
+    assert 0.87 <= hits / trials <= 1.0
