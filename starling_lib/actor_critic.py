@@ -67,6 +67,11 @@ class ActorCritic(nn.Module):
         """The layers that are trained: the upper half, or the whole trunk."""
         return self._halves[1] if self._halves else self.policy.base_model
 
+    @property
+    def frozen_trunk(self) -> PreTrainedModel | None:
+        """The layers below the trained ones, which run once; None without a split."""
+        return self._halves[0] if self._halves else None
+
     def frozen_reference(self) -> "Reference":
         """A frozen copy of the policy as it is now, on the same trunk."""
         if is_sharded(self.policy):

@@ -12,6 +12,7 @@ response, EOS included; the reward sits on the response's last token; whitening 
 response tokens of the whole rollout batch; advantages are computed once an iteration.
 """
 
+import contextlib
 import json
 import math
 import warnings
@@ -59,7 +60,7 @@ from starling_lib.rollouts import (
     token_logprobs,
 )
 from starling_lib.sharding import is_sharded
-from starling_lib.trunk import add_adapters
+from starling_lib.trunk import add_adapters, tapped
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -408,6 +409,7 @@ class APATrainer(WrappedModelTrainer):
         self._check_sampler()
         self.reference.to(self.accelerator.device)
         self.rewards.to(self.accelerator.device)
+        self.rewards.share_trunk(actor_critic.frozen_trunk)
 
     def _check_sampler(self) -> None:
         """Raise ValueError where processes would wait for each other for ever.
@@ -496,9 +498,10 @@ class APATrainer(WrappedModelTrainer):
             batch_size=args.generation_batch_size or args.rollout_batch_size,
             seed=self._seed_of(iteration, 0),
         )
-        scores = self.rewards(prompts, rollout)
         tokens = {name: getattr(rollout, name).to(device) for name in TOKEN_FIELDS}
-        experience = self._values_and_advantages(tokens, scores, rollout.finished)
+        old, on_trunk = self._forward_in_parts(tokens)
+        scores = self.rewards(prompts, rollout, on_trunk)
+        experience = self._with_advantages(tokens, old, scores, rollout.finished)
         self._log_rollout(iteration, rollout, scores, experience)
         if args.ptx_coef:
             experience |= self._given_completions(prompts)
@@ -526,10 +529,9 @@ class APATrainer(WrappedModelTrainer):
         for i in range(0, len(tokens["response_ids"]), size):
             yield {name: x[i : i + size] for name, x in tokens.items()}
 
-    def _values_and_advantages(self, tokens, scores, finished) -> dict[str, Tensor]:
-        """Log-probs, reference, values and GAE for a rollout, in minibatches."""
+    def _with_advantages(self, tokens, old, scores, finished) -> dict[str, Tensor]:
+        """A rollout's tokens and forward pass, and GAE of its rewards."""
         args, mask = self.args, tokens["response_mask"]
-        old = self._forward_in_parts(tokens)
         everyone = self.accelerator.gather(scores.to(mask.device))
         shaped = self.reward_scale(scores, everyone)
         shaped = shaped - args.missing_eos_penalty * (~finished).float()
@@ -546,31 +548,41 @@ class APATrainer(WrappedModelTrainer):
         if args.whiten_advantages:
             moments = self._moments(advantages, mask)
             advantages = objectives.masked_whiten(advantages, mask, moments=moments)
-        kept = {k: v for k, v in old.items() if v is not None}
-        return {**tokens, **kept, "advantages": advantages, "returns": returns}
+        return {**tokens, **old, "advantages": advantages, "returns": returns}
 
-    def _forward_in_parts(self, tokens) -> dict[str, Tensor | None]:
-        """Trunk, policy, critic and reference over all rows, a minibatch at a time."""
-        parts, exact = [], self.args.exact_kl
-        with inference(self.model, self.accelerator.autocast()):
+    def _forward_in_parts(self, tokens) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """One pass of all rows, a minibatch at a time: what `_forward_part` gives.
+
+        The trunk's states serve policy, critic, reference and, beside them in the result,
+        by number, the reward models that have the same lower layers.
+        """
+        parts, scores, trunk = [], [], self.model.frozen_trunk
+        shared = self.rewards.on_trunk
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(inference(self.model, self.accelerator.autocast()))
+            layers = [reward.layers for reward in shared.values()]
+            below = stack.enter_context(tapped(trunk, layers)) if shared else {}
             for some in self._in_parts(tokens):
-                mask = some["response_mask"]
-                trunk = self.model.trunk_states(**some)
-                out = self.model(**some, trunk_states=trunk, for_logging=True)
-                logits, ref_logits = (
-                    out.pop("logits"),
-                    self.reference.logits(some, trunk),
+                parts.append(self._forward_part(some))
+                scores.append(
+                    {i: read(below[read.layers], some) for i, read in shared.items()}
                 )
-                chosen = token_logprobs(ref_logits, some["response_ids"][mask])
-                out |= {"ref_logprobs": scatter(chosen, mask), "trunk_states": trunk}
-                if exact:
-                    kl = objectives.kl_exact(logits, ref_logits)
-                    out["kl_exact"] = scatter(kl, mask)
-                parts.append(out)
-        return {
-            key: None if parts[0][key] is None else torch.cat([p[key] for p in parts])
-            for key in parts[0]
-        }
+        old = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return old, {i: torch.cat([part[i] for part in scores]) for i in shared}
+
+    def _forward_part(self, some: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Trunk, policy, critic and reference of a minibatch; no gradient."""
+        mask = some["response_mask"]
+        trunk = self.model.trunk_states(**some)
+        out = self.model(**some, trunk_states=trunk, for_logging=True)
+        logits, ref_logits = out.pop("logits"), self.reference.logits(some, trunk)
+        chosen = token_logprobs(ref_logits, some["response_ids"][mask])
+        out["ref_logprobs"] = scatter(chosen, mask)
+        if trunk is not None:
+            out["trunk_states"] = trunk
+        if self.args.exact_kl:
+            out["kl_exact"] = scatter(objectives.kl_exact(logits, ref_logits), mask)
+        return out
 
     def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`masked_moments` of all processes' response tokens together."""

@@ -16,11 +16,53 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from starling_lib.models import load_tokenizer
-from starling_lib.rollouts import Rollout
-from starling_lib.scoring import score_responses
+from starling_lib.models import load_tokenizer, reward_head
+from starling_lib.rollouts import Rollout, encode_prompt, response_inputs
+from starling_lib.scoring import encode_response, reads_last_token, score_responses
+from starling_lib.trunk import shared_layers, split_trunk
 
 RewardFunction = PreTrainedModel | Callable[..., Sequence[float]]
+
+
+class RewardOnTrunk:
+    """A reward model that shares lower layers with the policy: only its upper ones run.
+
+    The scores are those of `score_responses` up to rounding, for every response whose text
+    is tokenised again as it was sampled.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: int):
+        """`layers`: how many the policy's frozen trunk and the model have in common."""
+        self.model, self.layers = model, layers
+        _, self.top = split_trunk(model, len(model.base_model.layers) - layers)
+
+    def __call__(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """(N,) scores from the (N, P+R, H) states after the common layers."""
+        inputs = response_inputs(**tokens)
+        inputs["inputs_embeds"] = states
+        del inputs["input_ids"]
+        hidden = self.top(**inputs, use_cache=False).last_hidden_state
+        # Prompts are padded on the left: every response begins at position P.
+        last = tokens["prompt_ids"].shape[1] + tokens["response_mask"].sum(1) - 1
+        return reward_head(self.model, hidden[torch.arange(len(last)), last])
+
+
+def retokenised(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Rows that a reward model reads as other tokens than the policy has sampled.
+
+    A policy may spell a word in pieces that no tokeniser would choose; or the reward model
+    has another chat template.
+    """
+    rows = []
+    for i, (prompt, text) in enumerate(
+        zip(rollout.prompts, rollout.texts, strict=True)
+    ):
+        read = encode_response(tokenizer, text, bool(rollout.finished[i]))
+        sampled = rollout.response_ids[i][rollout.response_mask[i]].tolist()
+        asked = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()
+        if read != sampled or encode_prompt(tokenizer, prompt) != asked:
+            rows.append(i)
+    return rows
 
 
 class RewardSum:
@@ -46,22 +88,52 @@ class RewardSum:
                 name = function.config._name_or_path
                 self.tokenizers[i] = self.tokenizers[i] or load_tokenizer(name)
         self.last_means: dict[str, float] = {}
+        self.on_trunk: dict[int, RewardOnTrunk] = {}
+
+    def share_trunk(self, trunk: PreTrainedModel | None) -> None:
+        """Find the reward models that have the lower layers of a policy's frozen trunk."""
+        for i, model in enumerate(self.functions if trunk is not None else ()):
+            if not isinstance(model, PreTrainedModel) or not reads_last_token(model):
+                continue
+            # One layer of the model's own is left: a split needs two halves.
+            most = len(model.base_model.layers) - 1
+            if layers := min(shared_layers(trunk, model.base_model), most):
+                self.on_trunk[i] = RewardOnTrunk(model, layers)
 
     def to(self, device) -> None:
         for function in self.functions:
             if hasattr(function, "to"):  # a model, or a function that holds one
                 function.to(device)
 
-    def __call__(self, prompts: Dataset, rollout: Rollout) -> Tensor:
+    def __call__(
+        self,
+        prompts: Dataset,
+        rollout: Rollout,
+        known: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """`known`: scores of reward models, by number, that were read on the trunk."""
         total = torch.zeros(len(rollout))
         for i, (function, weight) in enumerate(
             zip(self.functions, self.weights, strict=True)
         ):
-            scores = self._call(function, self.tokenizers[i], prompts, rollout)
+            if known and i in known:
+                scores = self._completed(i, known[i], rollout)
+            else:
+                scores = self._call(function, self.tokenizers[i], prompts, rollout)
             name = getattr(function, "__name__", type(function).__name__)
             self.last_means[f"rewards/{i}_{name}"] = scores.mean().item()
             total += weight * scores
         return total
+
+    def _completed(self, i: int, scores: Tensor, rollout: Rollout) -> Tensor:
+        """Scores read on the trunk, and the others read from their texts."""
+        model, tokenizer = self.functions[i], self.tokenizers[i]
+        scores = scores.float().cpu()
+        if rows := retokenised(rollout, tokenizer):
+            some = rollout.select(rows)
+            texts = some.prompts, some.texts, some.finished
+            scores[rows] = score_responses(model, tokenizer, *texts)
+        return scores
 
     def _call(self, function, tokenizer, prompts: Dataset, rollout: Rollout) -> Tensor:
         if isinstance(function, PreTrainedModel):

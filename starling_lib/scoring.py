@@ -129,6 +129,11 @@ def _position(model: PreTrainedModel, wanted: str | None) -> str:
     return position
 
 
+def reads_last_token(model: PreTrainedModel) -> bool:
+    """Is a score read at the last token of a prompt and response encoded one by one?"""
+    return _stored_position(model) is None
+
+
 def _stored_position(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "starling_score_position", None)
 

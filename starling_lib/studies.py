@@ -1,7 +1,6 @@
-"""A study's runs summed up: several methods, learning rates, seeds, the same prompts.
+"""A study's runs summed up: several methods, several seeds, the same prompts.
 
-Knows how a method's rate is chosen, what it gains over the start and over another method,
-and how sure that is. Does not know how a policy was tuned or sampled. One row of a frame
+Knows what a method gains over the start and over another method, and how sure that is. Does not know how a policy was tuned or sampled. One row of a frame
 is one run; its figures are means over prompts, `by_prompt` holds the prompts' own.
 """
 
@@ -13,7 +12,7 @@ import pandas as pd
 
 from starling_lib.statistics import Interval, crossed_interval
 
-RUN_KEYS = ("method", "learning_rate", "seed")
+RUN_KEYS = ("method", "seed")
 
 
 def read_runs(path: str | Path) -> pd.DataFrame:
@@ -36,23 +35,6 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     return frame
 
 
-def best_rate(runs: pd.DataFrame, method: str) -> float:
-    """The learning rate of a method's grid whose run with seed 0 validated best.
-
-    Raises ValueError when the method has no run with seed 0.
-    """
-    tried = runs[(runs["method"] == method) & (runs["seed"] == 0)]
-    if tried.empty:
-        raise ValueError(f"method {method!r} has no run with seed 0")
-    return float(tried.loc[tried["validation"].idxmax(), "learning_rate"])
-
-
-def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of each method at its best rate: what a study compares."""
-    rates = {method: best_rate(runs, method) for method in runs["method"].unique()}
-    return runs[runs["learning_rate"] == runs["method"].map(rates)]
-
-
 def by_prompt(runs: pd.DataFrame, method: str, measure: str) -> np.ndarray:
     """(seeds, prompts) means of a measure; a run that broke off has no row here."""
     own = runs[runs["method"] == method]
@@ -68,7 +50,7 @@ def gain(
     """How much more of a measure than another method, interval over seeds and prompts.
 
     Prompts are the same in both, so their differences are taken one by one; seeds are
-    not, so each method's are drawn anew by themselves. `runs` as of `at_best_rates`.
+    not, so each method's are drawn anew by themselves.
     """
     ours, theirs = by_prompt(runs, method, measure), by_prompt(runs, over, measure)
     if not len(ours) or not len(theirs):
@@ -79,12 +61,11 @@ def gain(
 def summary(
     runs: pd.DataFrame, measures: tuple[str, ...] = ("proxy", "gold")
 ) -> pd.DataFrame:
-    """One row a method at its best rate: seeds, gains over the start, mean figures.
+    """One row a method: learning rate, seeds, gains over the start, mean figures.
 
     A measure's columns are `gain`, `low`, `high` under its name; the other columns stand
     under an empty one. Runs that broke off count in `failed` and nowhere else.
     """
-    runs = at_best_rates(runs)
     rows = {}
     for method in runs["method"].unique():
         own = runs[runs["method"] == method]

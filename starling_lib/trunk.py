@@ -136,6 +136,56 @@ def try_split_trunk(model: PreTrainedModel, num_layers_unfrozen: int | None):
     return lower, upper
 
 
+# What decides, beside the weights, which states a layer gives.
+_SAME_STATES = (
+    *("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "hidden_act"),
+    *("num_attention_heads", "num_key_value_heads", "sliding_window"),
+)
+
+
+def shared_layers(a: PreTrainedModel, b: PreTrainedModel) -> int:
+    """How many layers two trunks have in common, from the embeddings up; 0: none."""
+
+    def same(x: nn.Module, y: nn.Module) -> bool:
+        pairs = list(zip(x.parameters(), y.parameters(), strict=True))
+        return all(p.dtype == q.dtype and torch.equal(p, q) for p, q in pairs)
+
+    configs = [[getattr(m.config, name, None) for name in _SAME_STATES] for m in (a, b)]
+    embeddings = a.get_input_embeddings(), b.get_input_embeddings()
+    if type(a) is not type(b) or configs[0] != configs[1] or not same(*embeddings):
+        return 0
+    count = 0
+    for x, y in zip(a.layers, b.layers, strict=False):
+        if not same(x, y):
+            break
+        count += 1
+    return count
+
+
+@contextlib.contextmanager
+def tapped(
+    trunk: PreTrainedModel, layers: Sequence[int]
+) -> Iterator[dict[int, Tensor]]:
+    """Inside, each forward of `trunk` leaves its states after so many layers in a dict.
+
+    Keys are the numbers given (1 … L), values (N, T, H), those of the last forward.
+    """
+    states: dict[int, Tensor] = {}
+
+    def keep(number: int):
+        def hook(module, args, output) -> None:
+            states[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [trunk.layers[n - 1].register_forward_hook(keep(n)) for n in layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def add_adapters(
     model: PreTrainedModel,
     peft_config: "PeftConfig",

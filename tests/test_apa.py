@@ -25,7 +25,7 @@ from starling_lib.apa import (
 from starling_lib.generation import left_pad
 from starling_lib.models import ValueHead, tiny_model
 from starling_lib.reward import score_responses
-from starling_lib.rollouts import sample, sequence_logprobs
+from starling_lib.rollouts import given_responses, sample, sequence_logprobs
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -500,6 +500,44 @@ def test_a_checkpoint_between_iterations_holds_no_experience(tokenizer, tmp_path
     assert {"advantages", "returns", "counts", "trunk_states"} <= set(experience)
 
 
+@pytest.mark.parametrize("unfrozen", [1, None])
+def test_a_reward_model_on_the_trunk_changes_no_run(
+    tokenizer, reward_model, tmp_path, monkeypatch, unfrozen
+):
+    """Scored in the policy's own pass or read from the texts: the same rewards."""
+
+    def say(policy, tokenizer, prompts, max_new_tokens, **rest):
+        texts = [f"{'ab' * (i % 2)} {i}" for i in range(len(prompts))]
+        return given_responses(tokenizer, prompts, texts, max_new_tokens)
+
+    def logged(folder):
+        trainer = make_trainer(
+            tmp_path / folder,
+            tokenizer,
+            reward_model,
+            num_layers_unfrozen=unfrozen,
+            max_steps=8,  # two iterations
+        )
+        trainer.sampler = say
+        trainer.train()
+        history = trainer.state.log_history
+        return trainer, [row["reward"] for row in history if "reward" in row]
+
+    trainer, on_trunk = logged("trunk")
+    assert bool(trainer.rewards.on_trunk) == (unfrozen is not None)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return score_responses(*arguments)
+
+    monkeypatch.setattr("starling_lib.policy_rewards.score_responses", counted)
+    logged("again")
+    assert len(calls) == (0 if unfrozen else 2)
+    monkeypatch.setattr("starling_lib.policy_rewards.RewardSum.share_trunk", print)
+    assert on_trunk == pytest.approx(logged("texts")[1], abs=1e-5)
+
+
 @pytest.mark.parametrize(("at_once", "expected"), [(None, 8), (3, 3)])
 def test_responses_are_sampled_as_many_at_once_as_asked(
     tokenizer, tmp_path, at_once, expected
@@ -602,8 +640,9 @@ def test_cut_responses_pay_the_penalty(tokenizer, tmp_path):
     ids, mask = left_pad([[70, 71], [70]], 0)
     tokens = {"prompt_ids": torch.full((2, 1), 5), "prompt_mask": mask[:, :1] | True}
     tokens |= {"response_ids": ids.flip(1), "response_mask": mask.flip(1)}
-    experience = trainer._values_and_advantages(
-        tokens, torch.tensor([1.0, 1.0]), torch.tensor([False, True])
+    old, _ = trainer._forward_in_parts(tokens)
+    experience = trainer._with_advantages(
+        tokens, old, torch.tensor([1.0, 1.0]), torch.tensor([False, True])
     )
     assert experience["returns"][0].tolist() == pytest.approx([-0.95, -1])
     assert experience["returns"][1].tolist() == pytest.approx([1, 0])

@@ -1,5 +1,6 @@
 """Scaling, shifting, KL coefficients: against numpy and sums by hand."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,12 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from starling_lib.actor_critic import ActorCritic
+from starling_lib.models import inference
 from starling_lib.policy_rewards import (
     KLCoefficient,
     RewardScale,
+    RewardSum,
     RunningMoments,
+    retokenised,
     token_rewards,
 )
+from starling_lib.rollouts import TOKEN_FIELDS, given_responses
+from starling_lib.scoring import score_responses
+from starling_lib.trunk import tapped
 
 
 def test_token_rewards_put_the_score_on_the_last_response_token():
@@ -103,3 +111,89 @@ def test_a_coefficient_stays_positive_and_moves_the_right_way(kl, responses):
     coefficient.update(kl, responses)
     assert coefficient.value > 0
     assert (coefficient.value > 0.1) == (kl > 6) or math.isclose(coefficient.value, 0.1)
+
+
+# --- a reward model on the policy's trunk
+
+ASKED = [[{"role": "user", "content": text}] for text in ("go", "one, two", "zzz")]
+
+
+@pytest.fixture
+def rollout(tokenizer):
+    """Given texts of several lengths: a random model's bytes are seldom valid text."""
+    texts = ["yes", "one and two and three", "no, not at all"]
+    return given_responses(tokenizer, ASKED, texts, max_new_tokens=16)
+
+
+def on_trunk(rewards, actor, rollout) -> dict:
+    tokens = {name: getattr(rollout, name) for name in TOKEN_FIELDS}
+    layers = [reward.layers for reward in rewards.on_trunk.values()]
+    with inference(actor), tapped(actor.frozen_trunk, layers) as below:
+        actor.trunk_states(**tokens)
+        shared = rewards.on_trunk.items()
+        return {i: read(below[read.layers], tokens) for i, read in shared}
+
+
+def test_scores_on_the_trunk_are_those_of_the_whole_reward_model(
+    fp32, policy, reward_model, tokenizer, rollout
+):
+    actor = ActorCritic(policy, num_layers_unfrozen=1)
+    rewards = RewardSum([reward_model], [tokenizer])
+    rewards.share_trunk(actor.frozen_trunk)
+    assert rewards.on_trunk[0].layers == 1
+    told = rewards(None, rollout, on_trunk(rewards, actor, rollout))
+    expected = score_responses(
+        reward_model, tokenizer, rollout.prompts, rollout.texts, rollout.finished
+    )
+    assert retokenised(rollout, tokenizer) == []
+    assert rollout.finished.tolist() == [True, False, True]
+    assert expected.std() > 0.01
+    assert torch.allclose(told, expected, atol=1e-5)
+
+
+def test_a_response_that_reads_as_other_tokens_is_scored_from_its_text(
+    fp32, policy, reward_model, tokenizer, rollout
+):
+    """As a policy that spells a word in pieces: here the text is swapped for another."""
+    changed = copy.deepcopy(rollout)
+    changed.texts[2] = "something else altogether"
+    assert retokenised(changed, tokenizer) == [2]
+    actor = ActorCritic(policy, num_layers_unfrozen=1)
+    rewards = RewardSum([reward_model], [tokenizer])
+    rewards.share_trunk(actor.frozen_trunk)
+    told = rewards(None, changed, on_trunk(rewards, actor, changed))
+    expected = score_responses(
+        reward_model, tokenizer, changed.prompts, changed.texts, changed.finished
+    )
+    assert torch.allclose(told, expected, atol=1e-5)
+
+
+def test_what_differs_below_is_not_shared(policy, reward_model, tokenizer):
+    trunk = ActorCritic(policy, num_layers_unfrozen=1).frozen_trunk
+    other_layer, other_config = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
+    with torch.no_grad():
+        other_layer.base_model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    other_config.base_model.config.rms_norm_eps *= 2
+    read_elsewhere = copy.deepcopy(reward_model)
+    read_elsewhere.config.starling_score_position = "attention_mask"
+
+    def words(prompts, completions):
+        return [0.0 for _ in completions]
+
+    models = [other_layer, other_config, read_elsewhere, words, reward_model]
+    rewards = RewardSum(models, [tokenizer] * 5)
+    rewards.share_trunk(trunk)
+    assert list(rewards.on_trunk) == [4]
+    rewards.share_trunk(None)  # a policy without a frozen trunk
+    assert list(rewards.on_trunk) == [4]
+
+
+def test_taps_are_taken_off_again(policy):
+    trunk = ActorCritic(policy, num_layers_unfrozen=1).frozen_trunk
+    ids = torch.arange(6)[None]
+    with tapped(trunk, [1]) as states:
+        last = trunk(ids).last_hidden_state
+    assert torch.equal(states[1], last)
+    kept = states[1]
+    trunk(ids + 1)
+    assert states[1] is kept

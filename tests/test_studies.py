@@ -1,4 +1,4 @@
-"""Studies: which runs count, the best rate, gains by hand, intervals that cover."""
+"""Studies: which runs count, the gains by hand, intervals that cover."""
 
 import json
 
@@ -7,50 +7,41 @@ import pandas as pd
 import pytest
 
 from starling_lib.statistics import crossed_interval
-from starling_lib.studies import at_best_rates, best_rate, gain, read_runs, summary
+from starling_lib.studies import gain, read_runs, summary
 
 
-def run(method, rate=0.0, seed=0, proxy=(0.0, 0.0), gold=(0.0, 0.0), validation=0.0):
+def run(method, rate=0.0, seed=0, proxy=(0.0, 0.0), gold=(0.0, 0.0)):
     figures = {"kl": 1.0 + seed, "length": 9.0, "eos_rate": 0.5, "distinct_2": 0.9}
     by_prompt = {"proxy": list(proxy), "gold": list(gold)}
     keys = {"method": method, "learning_rate": rate, "seed": seed}
-    return {**keys, "validation": validation, **figures, "by_prompt": by_prompt}
+    return {**keys, **figures, "by_prompt": by_prompt}
 
 
 def broken(method, rate, seed):
     """As the study writes a run whose loss was not finite: no figures at all."""
     keys = {"method": method, "learning_rate": rate, "seed": seed}
-    return {**keys, "validation": -1e9, "failed": "loss is nan"}
+    return {**keys, "failed": "loss is nan"}
 
 
 RUNS = pd.DataFrame(
     [
         run("start", proxy=(1.0, 2.0), gold=(0.0, 1.0)),
-        run("apa", 1e-5, 0, (9.0, 9.0), validation=0.1),
-        run("apa", 2e-5, 0, (2.0, 4.0), (1.0, 1.0), validation=0.3),
+        run("apa", 2e-5, 0, (2.0, 4.0), (1.0, 1.0)),
         run("apa", 2e-5, 1, (4.0, 4.0), (0.0, 2.0)),
-        run("ppo", 1e-5, 0, (1.0, 3.0), validation=0.2),
+        run("ppo", 1e-5, 0, (1.0, 3.0)),
         broken("ppo", 1e-5, 1),
         broken("awr", 1e-5, 0),
     ]
 )
 
 
-def test_the_rate_is_chosen_by_validation_and_not_by_the_figures_reported():
-    assert best_rate(RUNS, "apa") == 2e-5
-    assert len(at_best_rates(RUNS).query("method == 'apa'")) == 2
-    with pytest.raises(ValueError, match="'dpo' has no run"):
-        best_rate(RUNS, "dpo")
-
-
 def test_gains_by_hand():
-    runs = at_best_rates(RUNS)
-    assert gain(runs, "apa", "proxy").estimate == pytest.approx(3.5 - 1.5)
-    assert gain(runs, "apa", "proxy", over="ppo").estimate == pytest.approx(3.5 - 2.0)
+    assert gain(RUNS, "apa", "proxy").estimate == pytest.approx(3.5 - 1.5)
+    assert gain(RUNS, "apa", "proxy", over="ppo").estimate == pytest.approx(3.5 - 2.0)
     # One run over the start: its prompts' gains are 0 and 1, and so are the extremes.
-    assert gain(runs, "ppo", "proxy") == (0.5, 0.0, 1.0)
+    assert gain(RUNS, "ppo", "proxy") == (0.5, 0.0, 1.0)
     with pytest.raises(ValueError, match="no finished run of 'awr'"):
-        gain(runs, "awr", "proxy")
+        gain(RUNS, "awr", "proxy")
 
 
 def test_a_run_that_broke_off_is_counted_and_takes_no_part_in_the_means():
@@ -64,15 +55,15 @@ def test_a_run_that_broke_off_is_counted_and_takes_no_part_in_the_means():
 
 def test_lines_that_a_kill_cut_off_are_left_out_and_doubles_are_refused(tmp_path):
     path = tmp_path / "runs.jsonl"
-    assert list(read_runs(path).columns) == ["method", "learning_rate", "seed"]
+    assert list(read_runs(path).columns) == ["method", "seed"]
     whole = json.dumps(run("apa"))
     path.write_text(f"{whole}\n{whole[:40]}")
     assert len(read_runs(path)) == 1
     path.write_text(f"{whole}\n{whole}\n")
-    with pytest.raises(ValueError, match="method=apa, learning_rate=0.0, seed=0"):
+    with pytest.raises(ValueError, match="method=apa, seed=0 stands twice"):
         read_runs(path)
-    path.write_text('{"method": "apa", "seed": 0}\n')
-    with pytest.raises(ValueError, match="runs.jsonl, run 1: no learning_rate"):
+    path.write_text('{"method": "apa"}\n')
+    with pytest.raises(ValueError, match="runs.jsonl, run 1: no seed"):
         read_runs(path)
 
 

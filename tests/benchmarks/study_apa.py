@@ -6,9 +6,9 @@
 Proxy and gold reward model are those of the preset (notebooks 02 and 03): the rankings of
 half A and of half B, other seeds. Every method sees half A's prompts; the online ones
 sample equally many responses, and all make equally many updates of the last four layers.
-A method's learning rate is the best of a grid on 20 prompts of half B, by the proxy (seed
-0); that rate then runs with every seed. Measured on the 37 test prompts, four samples
-each. Ablations change one setting of `apa-small`.
+With seed 0 a method tries a grid of two learning rates; the one whose policy does better
+on 20 prompts of half B, by the proxy, is kept for all seeds. Measured on the 37 test
+prompts, four samples each. Ablations change one setting of `apa-small`.
 
 A run appends a line to `data/studies/policies.jsonl`, so a stopped study goes on;
 `--table` prints what is there. Runs are independent and small, so that several processes
@@ -25,15 +25,16 @@ from datetime import date
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from bench_rollout import reward_function
 
-from starling_lib.studies import RUN_KEYS, best_rate, read_runs, summary
+from starling_lib.studies import RUN_KEYS, read_runs, summary
 
 PRESET, MODEL = "small", "smollm2-135m"
 RESULTS = Path(__file__).resolve().parents[2] / "data/studies/policies.jsonl"
-LAYERS, SAMPLES, RESPONSES, BATCH = 4, 4, 32, 8
-# Sizes that all online methods share: 5 iterations of 32 responses, 8 updates on each.
+LAYERS, SAMPLES, RESPONSES, BATCH = 4, 4, 16, 4
+# Sizes that all online methods share: 5 iterations of 16 responses, 8 updates on each.
 SHARED = {
     "max_steps": 40,
     "rollout_batch_size": RESPONSES,
@@ -76,26 +77,32 @@ ABLATIONS = {
 # --- reward models
 
 
-def scorer(folder: Path):
-    """(prompts, responses, finished) → (N,) scores of a kept reward model."""
+def judge(folder: Path):
+    """A kept reward model with its tokenizer."""
     from starling_lib.models import load_reward_model, load_tokenizer
-    from starling_lib.scoring import score_responses
 
     tokenizer = load_tokenizer(folder)
-    return partial(score_responses, load_reward_model(folder, tokenizer), tokenizer)
+    return load_reward_model(folder, tokenizer), tokenizer
 
 
 # --- training, each → the tuned policy and its curve
 
 
-def ours(settings, learning_rate, seed, policy, tokenizer, prompts, reward, folder):
+def ours(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folder):
     from starling_lib.apa import APAConfig, APATrainer
 
     arguments = {**SHARED, **settings, "learning_rate": learning_rate, "seed": seed}
     arguments |= {"output_dir": folder, "save_strategy": "no", "disable_tqdm": True}
     base = arguments.pop("base")
     args = getattr(APAConfig, base)(**arguments)
-    trainer = APATrainer(policy, reward, args, prompts, processing_class=tokenizer)
+    trainer = APATrainer(
+        policy,
+        proxy[0],
+        args,
+        prompts,
+        processing_class=tokenizer,
+        reward_processing_classes=[proxy[1]],
+    )
     trainer.train()
     logged = ("reward", "kl", "length", "eos_rate", "entropy", "explained_variance")
     curve = [
@@ -126,8 +133,12 @@ def trl_arguments(learning_rate, seed, folder) -> dict:
     return machine_defaults(arguments)
 
 
-def rloo(settings, learning_rate, seed, policy, tokenizer, prompts, reward, folder):
+def rloo(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folder):
     from trl import RLOOConfig, RLOOTrainer
+
+    from starling_lib.scoring import score_responses
+
+    reward = reward_function(partial(score_responses, *proxy), tokenizer.eos_token_id)
 
     args = RLOOConfig(
         **trl_arguments(learning_rate, seed, folder),
@@ -148,7 +159,7 @@ def rloo(settings, learning_rate, seed, policy, tokenizer, prompts, reward, fold
     return trainer.model, [{"reward": r["reward"]} for r in history if "reward" in r]
 
 
-def dpo(settings, learning_rate, seed, policy, tokenizer, prompts, reward, folder):
+def dpo(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folder):
     from trl import DPOConfig, DPOTrainer
 
     from starling_lib.rankings import to_preference_pairs
@@ -162,7 +173,7 @@ def dpo(settings, learning_rate, seed, policy, tokenizer, prompts, reward, folde
     return trainer.model, []
 
 
-def sft(settings, learning_rate, seed, policy, tokenizer, prompts, reward, folder):
+def sft(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folder):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -214,8 +225,8 @@ class Lab:
         if not (self.start / "config.json").exists():
             self.reference.save_pretrained(self.start)
             self.tokenizer.save_pretrained(self.start)
-        self.proxy = scorer(reward_model(settings))
-        self.gold = scorer(gold_model(settings))
+        self.proxy = judge(reward_model(settings))
+        self.gold = judge(gold_model(settings))
         self.train = half_a().select_columns("prompt")
         self.test = load_rankings(split="test")["prompt"]
         self.validation = load_rankings(split="train", half="B")["prompt"][:20]
@@ -228,7 +239,6 @@ class Lab:
         policy = load_policy(str(self.start))
         freeze_below(policy, LAYERS)
         make = {"rloo": rloo, "dpo": dpo, "sft": sft}.get(method, ours)
-        reward = reward_function(self.proxy, self.tokenizer.eos_token_id)
         with tempfile.TemporaryDirectory() as folder:
             return make(
                 settings,
@@ -237,89 +247,146 @@ class Lab:
                 policy,
                 self.tokenizer,
                 self.train,
-                reward,
+                self.proxy,
                 folder,
             )
 
-    def sampled(self, policy, prompts, samples: int, reference=None) -> pd.DataFrame:
-        from starling_lib.evaluation import evaluate_policy
+    def sampled(self, policy, prompts, samples: int) -> pd.DataFrame:
+        """Responses to held-out prompts, one a row, with what both judges say and the KL.
 
-        return evaluate_policy(
+        One pass through the layers that policy, start and both reward models share.
+        """
+        from starling_lib.actor_critic import ActorCritic
+        from starling_lib.rollouts import sample
+
+        rollout = sample(
             policy.eval(),
             self.tokenizer,
             prompts,
-            self.proxy,
-            reference=reference,
-            samples=samples,
             max_new_tokens=SHARED["max_new_tokens"],
+            samples=samples,
+            batch_size=len(prompts) * samples,
         )
+        actor = ActorCritic(policy, num_layers_unfrozen=LAYERS)
+        start = ActorCritic(self.reference, num_layers_unfrozen=LAYERS)
+        return pd.DataFrame(
+            {
+                "prompt_index": np.repeat(range(len(prompts)), samples),
+                "prompt": [messages[-1]["content"] for messages in rollout.prompts],
+                "response": rollout.texts,
+                "length": rollout.lengths,
+                "eos_rate": rollout.finished.float(),
+                **self.read(rollout, actor, start.frozen_reference()),
+            }
+        )
+
+    def read(self, rollout, actor, reference) -> dict:
+        """Proxy, gold and k3-KL of each response, (N,) each."""
+        import torch
+
+        from starling_lib.models import inference
+        from starling_lib.objectives import kl_k3
+        from starling_lib.policy_rewards import RewardSum
+        from starling_lib.rollouts import TOKEN_FIELDS
+        from starling_lib.trunk import tapped
+
+        judges = {"proxy": self.proxy, "gold": self.gold}
+        rewards = {name: RewardSum(m, [t]) for name, (m, t) in judges.items()}
+        for reward in rewards.values():
+            reward.share_trunk(actor.frozen_trunk)
+        on_trunk = {name: reward.on_trunk[0] for name, reward in rewards.items()}
+        layers = [reward.layers for reward in on_trunk.values()]
+        parts = {name: [] for name in (*judges, "kl")}
+        with inference(actor), tapped(actor.frozen_trunk, layers) as below:
+            for i in range(0, len(rollout), 16):
+                rows = rollout.select(range(i, min(i + 16, len(rollout))))
+                tokens = {name: getattr(rows, name) for name in TOKEN_FIELDS}
+                trunk = actor.trunk_states(**tokens)
+                now = actor(**tokens, trunk_states=trunk)["logprobs"]
+                kl = kl_k3(now, reference.logprobs(tokens, trunk))
+                parts["kl"].append(torch.where(rows.response_mask, kl, 0).sum(1))
+                for name, read in on_trunk.items():
+                    parts[name].append(read(below[read.layers], tokens))
+        read = {name: torch.cat(part).float() for name, part in parts.items()}
+        told = {n: rewards[n](None, rollout, {0: read[n]}) for n in judges}
+        return {**told, "kl": read["kl"]}
 
     def measure(self, policy) -> dict:
         """Held-out figures: means, and the prompts' own means for intervals."""
         from starling_lib.evaluation import distinct_n
 
-        frame = self.sampled(policy, self.test, SAMPLES, self.reference)
-        asked = [self.test[i] for i in frame["prompt_index"]]
-        told = (frame["response"].tolist(), frame["finished"].tolist())
-        frame["gold"] = self.gold(asked, *told).numpy()
-        columns = {"reward": "proxy", "gold": "gold", "kl": "kl", "tokens": "length"}
-        columns |= {"finished": "eos_rate"}
-        by_prompt = frame.groupby("prompt_index")[list(columns)].mean()
-        by_prompt = by_prompt.rename(columns=columns)
+        frame = self.sampled(policy, self.test, SAMPLES)
+        columns = ["proxy", "gold", "kl", "length", "eos_rate"]
+        by_prompt = frame.groupby("prompt_index")[columns].mean()
         figures = by_prompt.mean().round(4).to_dict()
         figures["distinct_2"] = round(distinct_n(frame["response"]), 4)
         prompts = {name: by_prompt[name].round(4).tolist() for name in by_prompt}
-        examples = frame[frame["sample"] == 0].iloc[[0, 18, 36]]
-        kept = examples[["prompt", "response", "reward", "gold"]].round(3)
+        examples = frame.drop_duplicates("prompt_index").iloc[[0, 18, -1]]
+        kept = examples[["prompt", "response", "proxy", "gold"]].round(3)
         return {**figures, "by_prompt": prompts, "samples": kept.to_dict("records")}
 
 
 def stages(methods: list[str], seeds: int):
-    """Lists of runs still to be made; a list is decided when those before it are done."""
+    """Lists of runs still to be made: method, settings, learning rates to try, seed.
 
-    def runs():
-        return read_runs(RESULTS)
-
-    known = set(runs()[list(RUN_KEYS)].itertuples(index=False, name=None))
+    A list is decided when those before it are done.
+    """
     ours, ablations = (
         [m for m in kind if m in methods] for kind in (METHODS, ABLATIONS)
     )
 
     def missing(runs):
-        return [run for run in runs if (run[0], *run[2:]) not in known]
+        known = set(
+            read_runs(RESULTS)[list(RUN_KEYS)].itertuples(index=False, name=None)
+        )
+        return [run for run in runs if (run[0], run[3]) not in known]
 
-    grid = [(m, METHODS[m][0], rate, 0) for m in ours for rate in METHODS[m][1]]
-    yield missing([("start", {}, 0.0, 0), *grid])
-    yield missing(
-        (m, METHODS[m][0], best_rate(runs(), m), seed)
-        for seed in range(1, seeds)
-        for m in ours
-    )
-    yield missing(
-        (m, {**SMALL, **ABLATIONS[m]}, best_rate(runs(), "apa-small"), seed)
-        for seed in range(seeds)
-        for m in ablations
-    )
+    def chosen(method):
+        runs = read_runs(RESULTS).set_index(list(RUN_KEYS))
+        return (runs.loc[(method, 0), "learning_rate"],)
+
+    # TRL's take longest: they come first, so that no process waits for one at the end.
+    grid = [(m, *METHODS[m], 0) for m in reversed(ours)]
+    yield missing([*grid, ("start", {}, (0.0,), 0)])
+    for seed in range(1, seeds):
+        yield missing((m, METHODS[m][0], chosen(m), seed) for m in reversed(ours))
+    for seed in range(seeds):
+        yield missing(
+            (m, {**SMALL, **ABLATIONS[m]}, chosen("apa-small"), seed) for m in ablations
+        )
 
 
-def run(job: tuple[str, dict, float, int]) -> dict:
+def run(job: tuple[str, dict, tuple[float, ...], int]) -> dict:
     """Tune, measure, and the line to be kept. A collapse is a result, too."""
     from starling_lib.models import precision
 
     lab, started = Lab.of_process(), time.perf_counter()
-    method, settings, rate, seed = job
-    line = {"method": method, "learning_rate": rate, "seed": seed}
+    method, settings, rates, seed = job
+    tried = {rate: tuned(lab, method, settings, rate, seed) for rate in rates}
+    grid = {}
+    for rate, (policy, _) in tried.items() if len(rates) > 1 else ():
+        if policy is not None:
+            told = lab.sampled(policy, lab.validation, 2)["proxy"].mean()
+            grid[rate] = round(float(told), 4)
+    best = max(grid, key=grid.get) if grid else rates[0]
+    policy, curve = tried[best]
+    line = {"method": method, "seed": seed, "learning_rate": best, "validation": grid}
     line |= {"date": date.today().isoformat(), "precision": precision()}
-    policy, curve = lab.reference, []
-    if method != "start":
-        try:
-            policy, curve = lab.tune(settings, rate, seed, method)
-        except FloatingPointError as error:
-            return {**line, "validation": -1e9, "failed": str(error)}
-    validation = lab.sampled(policy, lab.validation, 2)["reward"].mean()
-    figures = {"validation": round(validation, 4), **lab.measure(policy)}
+    if policy is None:
+        return {**line, "failed": curve}
+    figures = lab.measure(policy)
     minutes = round((time.perf_counter() - started) / 60, 1)
     return {**line, **figures, "minutes": minutes, "curve": curve}
+
+
+def tuned(lab: Lab, method: str, settings: dict, rate: float, seed: int):
+    """The policy and its curve; None and the reason where training broke off."""
+    if method == "start":
+        return lab.reference, []
+    try:
+        return lab.tune(settings, rate, seed, method)
+    except FloatingPointError as error:
+        return None, str(error)
 
 
 def smoke() -> None:
@@ -360,7 +427,7 @@ def make_runs(options) -> None:
             for line in pool.imap_unordered(run, jobs):
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                kept = ("method", "learning_rate", "seed", "proxy", "gold", "kl")
+                kept = ("method", "seed", "learning_rate", "proxy", "gold", "kl")
                 told = {name: line.get(name) for name in (*kept, "minutes")}
                 print(told, flush=True)
 
