@@ -44,15 +44,12 @@ def prompts(count: int):
 
 
 def reward_function(score, eos: int):
-    """One scorer for both trainers; each says in its own way what ended."""
+    """A reward model as TRL's trainer asks for it: told which completions ended."""
 
-    def proxy(
-        prompts, completions, completion_ids=None, completion_finished=None, **rest
-    ):
+    def proxy(prompts, completions, completion_ids, **rest):
         texts = [completion[-1]["content"] for completion in completions]
-        if completion_finished is None:
-            completion_finished = [ids[-1] == eos for ids in completion_ids]
-        return score(prompts, texts, completion_finished).tolist()
+        finished = [ids[-1] == eos for ids in completion_ids]
+        return score(prompts, texts, finished).tolist()
 
     return proxy
 
@@ -83,11 +80,9 @@ class Clock:
 
 
 def setup(layers: int | None, folder: Path):
-    """Policy from a folder (RLOO's reference comes from there), tokenizer, reward."""
-    from functools import partial
-
+    """Policy in a folder (RLOO reads its reference there), tokenizer; reward model, its."""
     from starling_lib.models import load_policy, load_reward_model, load_tokenizer
-    from starling_lib.scoring import reward_tokenizer, score_responses
+    from starling_lib.scoring import reward_tokenizer
     from starling_lib.trunk import freeze_below
 
     tokenizer = load_tokenizer(MODEL)
@@ -96,14 +91,13 @@ def setup(layers: int | None, folder: Path):
     policy = load_policy(str(folder))
     freeze_below(policy, layers)
     rewarder = reward_tokenizer(load_tokenizer(MODEL))
-    score = partial(score_responses, load_reward_model(MODEL, rewarder), rewarder)
-    return policy, tokenizer, reward_function(score, tokenizer.eos_token_id)
+    return policy, tokenizer, load_reward_model(MODEL, rewarder), rewarder
 
 
 def apa_iteration(layers: int | None, responses: int, folder: Path) -> float:
     from starling_lib.apa import APAConfig, APATrainer
 
-    policy, tokenizer, reward = setup(layers, folder / "start")
+    policy, tokenizer, reward_model, rewarder = setup(layers, folder / "start")
     clock = Clock(EPOCHS * responses // BATCH)
     args = APAConfig.starling(
         output_dir=str(folder),
@@ -119,18 +113,29 @@ def apa_iteration(layers: int | None, responses: int, folder: Path) -> float:
         disable_tqdm=True,
     )
     data = prompts(4 * responses)
-    trainer = APATrainer(policy, reward, args, data, processing_class=tokenizer)
+    trainer = APATrainer(
+        policy,
+        reward_model,
+        args,
+        data,
+        processing_class=tokenizer,
+        reward_processing_classes=[rewarder],
+    )
     trainer.add_callback(clock.callback)
     trainer.train()
     return clock.seconds
 
 
 def rloo_iteration(layers: int | None, responses: int, folder: Path) -> float:
+    from functools import partial
+
     from trl import RLOOConfig, RLOOTrainer
 
     from starling_lib.checkpoints import machine_defaults
+    from starling_lib.scoring import score_responses
 
-    policy, tokenizer, reward = setup(layers, folder / "start")
+    policy, tokenizer, *judge = setup(layers, folder / "start")
+    reward = reward_function(partial(score_responses, *judge), tokenizer.eos_token_id)
     clock = Clock(EPOCHS * responses // BATCH)
     arguments = {
         "output_dir": str(folder),
@@ -213,9 +218,10 @@ def full_update() -> float:
 
 
 def peak_gib() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak resident memory of this process alone (ru_maxrss begins at the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 def measure(variant: str, responses: int) -> dict[str, float]:

@@ -6,9 +6,11 @@
 Proxy and gold reward model are those of the preset (notebooks 02 and 03): the rankings of
 half A and of half B, other seeds. Every method sees half A's prompts; the online ones
 sample equally many responses, and all make equally many updates of the last four layers.
-With seed 0 a method tries a grid of two learning rates; the one whose policy does better
-on 20 prompts of half B, by the proxy, is kept for all seeds. Measured on the 37 test
-prompts, four samples each. Ablations change one setting of `apa-small`.
+The offline ones read equally many responses, as often: DPO 40 pairs, SFT the best of 80
+rankings, cut where a sampled one would be. With seed 0 a method tries two learning rates;
+the one whose policy does better on 20 prompts of half B, by the proxy, is kept for all
+seeds. Measured on the 37 test prompts, four samples each. Ablations change one setting of
+`apa-small`.
 
 A run appends a line to `data/studies/policies.jsonl`, so a stopped study goes on;
 `--table` prints what is there. Runs are independent and small, so that several processes
@@ -45,6 +47,8 @@ SHARED = {
     "max_new_tokens": 64,
 }
 SMALL = {"base": "starling", "anchor": "initial", "apa_lambda": 0.33}
+# Tokens of prompt and response that DPO and SFT read: most prompts have 38 to 64.
+MAX_LENGTH = 128
 # method → (its settings, learning rates); those of our trainer name a base
 METHODS = {
     "apa-small": (SMALL, (4e-5, 8e-5)),
@@ -113,8 +117,8 @@ def ours(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folde
     return trainer.inner_model(), curve
 
 
-def trl_arguments(learning_rate, seed, folder) -> dict:
-    """What the three trainers of TRL share, on any machine."""
+def trl_arguments(learning_rate, seed, folder, rows=BATCH) -> dict:
+    """What the three trainers of TRL share; `rows` (or pairs) an update."""
     from starling_lib.checkpoints import machine_defaults
 
     arguments = {
@@ -124,7 +128,7 @@ def trl_arguments(learning_rate, seed, folder) -> dict:
         "adam_beta2": 0.95,  # as APAConfig
         "seed": seed,
         "max_steps": SHARED["max_steps"],
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": rows,
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "logging_steps": BATCH,
@@ -164,8 +168,10 @@ def dpo(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folder
 
     from starling_lib.rankings import to_preference_pairs
 
-    args = DPOConfig(**trl_arguments(learning_rate, seed, folder), **settings)
-    pairs = to_preference_pairs(half_a(), pairs=4, seed=seed)
+    arguments = trl_arguments(learning_rate, seed, folder, BATCH // 2)
+    args = DPOConfig(**arguments, **settings, max_length=MAX_LENGTH)
+    pairs = to_preference_pairs(half_a(), pairs=1, seed=seed)
+    pairs = pairs.shuffle(seed).select(range(RESPONSES * 5 // 2))
     trainer = DPOTrainer(
         policy, args=args, train_dataset=pairs, processing_class=tokenizer
     )
@@ -182,9 +188,10 @@ def sft(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folder
             "prompt": row["prompt"],
             "completion": [{"role": "assistant", "content": row["responses"][0]}],
         }
-        for row in half_a()
+        for row in half_a().shuffle(seed).select(range(RESPONSES * 5))
     ]
-    args = SFTConfig(**trl_arguments(learning_rate, seed, folder), **settings)
+    arguments = trl_arguments(learning_rate, seed, folder)
+    args = SFTConfig(**arguments, **settings, max_length=MAX_LENGTH)
     trainer = SFTTrainer(
         policy,
         args=args,
