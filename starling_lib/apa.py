@@ -330,6 +330,7 @@ class APATrainer(WrappedModelTrainer):
     `model`: a causal LM or a name for `load_policy`. `reward_funcs`: one or several of a
     reward model, or a function as in TRL, `f(prompts, completions, **columns)` → one
     float a completion; one with a parameter `completion_finished` is told which were cut.
+    A reward model whose lower layers are the policy's frozen ones is read on their states.
     `train_dataset`, `eval_dataset`: rows with a conversational `prompt`. `peft_config`:
     train adapters (LoRA), in the last `num_layers_unfrozen` layers or in all. `sampler`:
     gives the responses, called as `rollouts.sample`; a dict `figures` that it may have is

@@ -1,7 +1,8 @@
 """A study's runs summed up: several methods, several seeds, the same prompts.
 
-Knows what a method gains over the start and over another method, and how sure that is. Does not know how a policy was tuned or sampled. One row of a frame
-is one run; its figures are means over prompts, `by_prompt` holds the prompts' own.
+Knows what a method gains over the start and over another method, and how sure that is.
+Does not know how a policy was tuned or sampled. One row of a frame is one run; its figures
+are means over prompts, `by_prompt` holds the prompts' own.
 """
 
 import json
@@ -63,7 +64,7 @@ def summary(
 ) -> pd.DataFrame:
     """One row a method: learning rate, seeds, gains over the start, mean figures.
 
-    A measure's columns are `gain`, `low`, `high` under its name; the other columns stand
+    A measure's columns are `estimate`, `low`, `high` under its name; the other columns stand
     under an empty one. Runs that broke off count in `failed` and nowhere else.
     """
     rows = {}
