@@ -6,8 +6,9 @@ An iteration samples 64 responses of up to 64 tokens, scores them with the same 
 model and makes the same number of updates on them, with a KL term, the same precision and
 no gradient checkpointing. Beside it sampling alone, ours and plain `generate`, and for its
 memory one update of a whole policy, nothing else held. Every measurement is a process of
-its own; the variants take turns. Prints a table and writes
-`data/studies/speed_rollout.json`; memory is the peak over what the imports alone take.
+its own; the variants take turns, and another call goes on where this one stopped. Prints
+a table and writes `data/studies/speed_rollout.json`; memory is the peak over what the
+imports alone take.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[2] / "data/studies"
+RESULTS = Path(__file__).resolve().parents[2] / "data/studies/speed_rollout.json"
 NEW_TOKENS, BATCH, EPOCHS, MODEL = 64, 16, 2, "smollm2-135m"
 # name → what it is, trained layers (None: all)
 VARIANTS = {
@@ -271,8 +272,8 @@ def run(variant: str, options) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(runs: dict[str, list[dict]]) -> str:
-    """Medians as a Markdown table; speed as a multiple of the variant below."""
+def summary(runs: dict[str, list[dict]]) -> list[dict]:
+    """Medians a variant; speed as a multiple of its rival, memory of one full copy."""
     rivals = {"ours-4": "rloo-4", "ours-all": "rloo-all", "sample": "generate"}
     middle = {
         variant: {
@@ -280,16 +281,35 @@ def table(runs: dict[str, list[dict]]) -> str:
             for name in ("seconds", "samples_per_second", "peak_gib")
         }
         for variant, measured in runs.items()
+        if measured
     }
-    lines = [
-        "| variant | seconds | samples/s | × | GiB |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for variant, row in middle.items():
-        rival = middle.get(rivals.get(variant))
-        times = f"{rival['seconds'] / row['seconds']:.1f}" if rival else ""
-        figures = f"{row['seconds']:.1f} | {row['samples_per_second']:.2f} | {times}"
-        lines.append(f"| {VARIANTS[variant][0]} | {figures} | {row['peak_gib']:.1f} |")
+        row = {"variant": variant, "what": VARIANTS[variant][0], **row}
+        row["runs"] = len(runs[variant])
+        if rival := middle.get(rivals.get(variant)):
+            row["times_rival"] = rival["seconds"] / row["seconds"]
+        if copy := middle.get("copy"):
+            row["of_a_copy"] = row["peak_gib"] / copy["peak_gib"]
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The summary as a Markdown table."""
+    lines = [
+        "| variant | runs | seconds | samples/s | × its rival | GiB | of one full copy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        times = f"{row['times_rival']:.1f}" if "times_rival" in row else ""
+        share = f"{row['of_a_copy']:.2f}" if "of_a_copy" in row else ""
+        figures = (
+            f"{row['runs']} | {row['seconds']:.0f} | {row['samples_per_second']:.2f}"
+        )
+        lines.append(
+            f"| {row['what']} | {figures} | {times} | {row['peak_gib']:.1f} | {share} |"
+        )
     return "\n".join(lines)
 
 
@@ -300,37 +320,49 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS)
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure anew what is there already"
+    )
     parser.add_argument("--worker", choices=list(VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(measure(options.worker, options.responses)))
         return
-    runs: dict[str, list[dict]] = {variant: [] for variant in options.only}
+    runs = {variant: [] for variant in VARIANTS} | measured(options)
     for repeat in range(options.repeats):
         for variant in options.only:
+            if len(runs[variant]) > repeat:
+                continue
             runs[variant].append(run(variant, options))
             seconds = runs[variant][-1]["seconds"]
             print(
                 f"{repeat + 1}/{options.repeats} {variant}: {seconds:.1f} s", flush=True
             )
-            path = write(runs)
-    print(f"\n{table(runs)}\n\n{path}")
+            write(options, runs)
+    print(f"\n{table(summary(runs))}")
 
 
-def write(runs: dict[str, list[dict]]) -> Path:
+def measured(options) -> dict[str, list[dict]]:
+    """What an earlier call measured on this machine with as many responses."""
+    if options.fresh or not RESULTS.exists():
+        return {}
+    before = json.loads(RESULTS.read_text())
+    same = (before["machine"], before["responses"]) == (machine(), options.responses)
+    return before["runs"] if same else {}
+
+
+def write(options, runs: dict[str, list[dict]]) -> None:
     """Keep what was measured so far."""
-    RESULTS.mkdir(exist_ok=True)
     result = {
         "date": date.today().isoformat(),
-        "command": " ".join(
-            ["python tests/benchmarks/bench_rollout.py", *sys.argv[1:]]
-        ),
+        "command": "make bench-rollout",
         "machine": machine(),
+        "responses": options.responses,
+        "rows": summary(runs),
         "runs": runs,
     }
-    path = RESULTS / "speed_rollout.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
