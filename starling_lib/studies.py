@@ -64,13 +64,14 @@ def summary(
 ) -> pd.DataFrame:
     """One row a method: learning rate, seeds, gains over the start, mean figures.
 
-    A measure's columns are `estimate`, `low`, `high` under its name; the other columns stand
-    under an empty one. Runs that broke off count in `failed` and nowhere else.
+    A measure's columns are `estimate`, `low`, `high` under its name; the others stand under
+    an empty one. Runs that broke off count in `failed` and nowhere else.
     """
     rows = {}
     for method in runs["method"].unique():
         own = runs[runs["method"] == method]
-        row = {("", "rate"): own["learning_rate"].iloc[0], ("", "seeds"): len(own)}
+        rate = own["learning_rate"].iloc[0]
+        row = {("", "rate"): f"{rate:.0e}", ("", "seeds"): len(own)}
         row["", "failed"] = own["by_prompt"].isna().sum()
         for measure in measures if own["by_prompt"].notna().any() else ():
             ends = gain(runs, method, measure)._asdict()

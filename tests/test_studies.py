@@ -47,6 +47,7 @@ def test_gains_by_hand():
 def test_a_run_that_broke_off_is_counted_and_takes_no_part_in_the_means():
     table = summary(RUNS)
     assert table["", "failed"].to_dict() == {"start": 0, "apa": 0, "ppo": 1, "awr": 1}
+    assert table.loc["apa", ("", "rate")] == "2e-05"
     assert table["", "seeds"].to_dict() == {"start": 1, "apa": 2, "ppo": 2, "awr": 1}
     assert table.loc["ppo", ("", "kl")] == 1.0
     assert np.isnan(table.loc["awr", ("proxy", "estimate")])
