@@ -503,7 +503,7 @@ def test_transformers_server_samples_the_whole_distribution(
     policy.generation_config.update(do_sample=True, top_k=3, repetition_penalty=1.5)
     policy.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    served = sampler(server[0], model=str(tmp_path))
+    served = sampler(server[0], timeout=300, model=str(tmp_path))
     rollout = served(policy, tokenizer, PROMPTS[:1], max_new_tokens=3, samples=400)
     ids = torch.tensor([encode_prompt(tokenizer, PROMPTS[0])])
     probabilities = policy(ids).logits[0, -1].double().softmax(-1).detach()
@@ -521,7 +521,7 @@ def test_transformers_server_samples_the_whole_distribution(
 
 @pytest.mark.slow
 def test_transformers_server_follows_the_weights(server, tokenizer, tmp_path):
-    served = sampler(server[0], model=None, weights_dir=tmp_path)
+    served = sampler(server[0], timeout=300, model=None, weights_dir=tmp_path)
     for letters in ("ab", "xyz"):
         policy = readable_policy(tokenizer, only=letters)
         rollout = served(policy, tokenizer, PROMPTS, max_new_tokens=8, samples=8)
