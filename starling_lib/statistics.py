@@ -123,8 +123,8 @@ def crossed_interval(
     """Difference of means of two methods, each run with several seeds on the same items.
 
     `a` is (S, N) and `b` (T, N): one row a run, one column an item (a prompt, say). Items
-    are resampled for both together, runs of each by themselves, independently (the
-    two-way bootstrap of Owen, 2007, arXiv 0712.1111). With few runs their spread is
+    are resampled for both together, runs of each by themselves, independently (Owen 2007,
+    The pigeonhole bootstrap, Annals of Applied Statistics). With few runs their spread is
     understated, by (S − 1)/S in variance; a single run shows none of it. Raises
     ValueError when the items differ in number.
 

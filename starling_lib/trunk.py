@@ -143,12 +143,21 @@ _SAME_STATES = (
 )
 
 
+def _equal(p: Tensor, q: Tensor) -> bool:
+    """`torch.equal`, and False where types or devices differ, which it refuses."""
+    return (p.dtype, p.device) == (q.dtype, q.device) and torch.equal(p, q)
+
+
 def shared_layers(a: PreTrainedModel, b: PreTrainedModel) -> int:
     """How many layers two trunks have in common, from the embeddings up; 0: none."""
 
     def same(x: nn.Module, y: nn.Module) -> bool:
-        pairs = list(zip(x.parameters(), y.parameters(), strict=True))
-        return all(p.dtype == q.dtype and torch.equal(p, q) for p, q in pairs)
+        weights = [dict(m.named_parameters()) for m in (x, y)]
+        if weights[0].keys() != weights[1].keys():  # biases in one alone, say
+            return False
+        pairs = zip(weights[0].values(), weights[1].values(), strict=True)
+        # Empty: ZeRO-3 keeps them elsewhere, and nothing can be said of them.
+        return all(p.numel() and _equal(p, q) for p, q in pairs)
 
     configs = [[getattr(m.config, name, None) for name in _SAME_STATES] for m in (a, b)]
     embeddings = a.get_input_embeddings(), b.get_input_embeddings()

@@ -21,7 +21,7 @@ from starling_lib.policy_rewards import (
 )
 from starling_lib.rollouts import TOKEN_FIELDS, given_responses
 from starling_lib.scoring import score_responses
-from starling_lib.trunk import tapped
+from starling_lib.trunk import shared_layers, tapped
 
 
 def test_token_rewards_put_the_score_on_the_last_response_token():
@@ -197,3 +197,17 @@ def test_taps_are_taken_off_again(policy):
     kept = states[1]
     trunk(ids + 1)
     assert states[1] is kept
+
+
+def test_layers_that_cannot_be_compared_are_not_shared(policy, reward_model):
+    """Other parameters, another type, none at all (as ZeRO-3 leaves them): no error."""
+    trunk = ActorCritic(policy, num_layers_unfrozen=1).frozen_trunk
+    assert shared_layers(trunk, reward_model.base_model) == 1
+    biased = copy.deepcopy(reward_model).base_model
+    biased.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(1))
+    assert shared_layers(trunk, biased) == 0
+    assert shared_layers(trunk, copy.deepcopy(reward_model).base_model.double()) == 0
+    for model in (policy.base_model, reward_model.base_model):
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
+    assert shared_layers(trunk, reward_model.base_model) == 0
