@@ -5,6 +5,7 @@ trained and which run once. Does not know: rewards, losses, trainers.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,14 @@ from transformers import PreTrainedModel
 from starling_lib.models import ValueHead
 from starling_lib.prefix import use_fast_backward
 from starling_lib.rollouts import (
+    layer_states,
     next_token_logits,
     predicting_states,
     response_inputs,
+    row_states,
     scatter,
-    token_entropy,
     token_logprobs,
+    word_logprobs,
 )
 from starling_lib.sharding import FirstShards, is_sharded
 from starling_lib.trunk import freeze_below, try_split_trunk
@@ -81,9 +84,19 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def trunk_states(self, **tokens: Tensor) -> Tensor | None:
         """(N, P+R, H) states below the trained layers; None where there is no split."""
+        found = self.trunk_layers((), **tokens)
+        return found[len(self.frozen_trunk.layers)] if found else None
+
+    @torch.no_grad()
+    def trunk_layers(self, after: Sequence[int], **tokens: Tensor) -> dict[int, Tensor]:
+        """States (N, P+R, H) after so many layers and below the trained ones, by number.
+
+        One pass through the frozen trunk; {} where there is no split.
+        """
         if self._halves is None:
-            return None
-        return self._halves[0](**response_inputs(**tokens)).last_hidden_state
+            return {}
+        last = len(self.frozen_trunk.layers)
+        return layer_states(self.frozen_trunk, tokens, sorted({*after, last}))
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
         self.policy.gradient_checkpointing_enable(**kwargs)
@@ -100,30 +113,37 @@ class ActorCritic(nn.Module):
         """`logprobs`, `values` of each response token, (N, R), 0 at padding.
 
         The value of token t is read where t is predicted: before it is known.
-        `for_logging` adds `entropy`, which costs as much as the log-probabilities, and
-        the `logits` (tokens, V) of the unmasked tokens.
+        `for_logging` adds `entropy`.
         """
-        inputs = response_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+        tokens = {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "response_ids": response_ids,
+            "response_mask": response_mask,
+        }
         if trunk_states is None:
-            trunk_states = self.trunk_states(
-                prompt_ids=prompt_ids,
-                prompt_mask=prompt_mask,
-                response_ids=response_ids,
-                response_mask=response_mask,
-            )
-        states = top_states(self._top, inputs, trunk_states)
-        states = predicting_states(states, response_mask)
-        head = self.policy.get_output_embeddings()
-        logits = next_token_logits(head, self.config, states)
-        logprobs = token_logprobs(logits, response_ids[response_mask])
-        entropy = token_entropy(logits) if for_logging else None
+            trunk_states = self.trunk_states(**tokens)
+        states = self._predicting(self._top, tokens, trunk_states)
+        head, ids = self.policy.get_output_embeddings(), response_ids[response_mask]
+        logprobs, entropy = word_logprobs(head, self.config, states, ids, for_logging)
         if self.value_trunk is not None:
-            states = top_states(self.value_trunk, inputs, trunk_states)
-            states = predicting_states(states, response_mask)
+            states = self._predicting(self.value_trunk, tokens, trunk_states)
         out = {"logprobs": logprobs, "values": self.value_head(states)}
         out |= {"entropy": entropy} if for_logging else {}
-        out = {name: scatter(x, response_mask) for name, x in out.items()}
-        return {**out, "logits": logits} if for_logging else out
+        return {name: scatter(x, response_mask) for name, x in out.items()}
+
+    @torch.no_grad()
+    def logits(self, tokens: dict[str, Tensor], trunk_states: Tensor | None) -> Tensor:
+        """(tokens, V) logits from which the policy draws each response token."""
+        states = self._predicting(self._top, tokens, trunk_states)
+        head = self.policy.get_output_embeddings()
+        return next_token_logits(head, self.config, states)
+
+    @staticmethod
+    def _predicting(layers, tokens, trunk_states) -> Tensor:
+        """(tokens, H) last hidden states before each response token."""
+        states = row_states(layers, tokens, trunk_states)
+        return predicting_states(states, tokens["response_mask"])
 
 
 class Reference:
@@ -141,17 +161,22 @@ class Reference:
     @torch.no_grad()
     def logits(self, tokens: dict[str, Tensor], trunk_states: Tensor | None) -> Tensor:
         """(tokens, V) logits from which the initial policy draws each response token."""
-        states = top_states(self.top, response_inputs(**tokens), trunk_states)
-        states = predicting_states(states, tokens["response_mask"])
+        states = self._states(tokens, trunk_states)
         return next_token_logits(self.head, self.top.config, states)
 
+    @torch.no_grad()
     def logprobs(
         self, tokens: dict[str, Tensor], trunk_states: Tensor | None
     ) -> Tensor:
         """(N, R) log-probabilities of the response tokens under the initial policy."""
         mask = tokens["response_mask"]
-        logits = self.logits(tokens, trunk_states)
-        return scatter(token_logprobs(logits, tokens["response_ids"][mask]), mask)
+        states, ids = self._states(tokens, trunk_states), tokens["response_ids"][mask]
+        chosen, _ = word_logprobs(self.head, self.top.config, states, ids)
+        return scatter(chosen, mask)
+
+    def _states(self, tokens, trunk_states) -> Tensor:
+        states = row_states(self.top, tokens, trunk_states)
+        return predicting_states(states, tokens["response_mask"])
 
 
 class ShardedReference(Reference):
@@ -169,6 +194,11 @@ class ShardedReference(Reference):
         with self.first_shards.in_place():
             logits = self.policy(**inputs, use_cache=False).logits
         return predicting_states(logits, tokens["response_mask"])
+
+    def logprobs(self, tokens: dict[str, Tensor], trunk_states: None) -> Tensor:
+        mask = tokens["response_mask"]
+        logits = self.logits(tokens, trunk_states)
+        return scatter(token_logprobs(logits, tokens["response_ids"][mask]), mask)
 
 
 def join_rows(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -191,14 +221,3 @@ def join_rows(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, 
             parts.append(F.pad(rows[name], (*inner, left, right)))
         joined[name] = torch.cat(parts)
     return joined
-
-
-def top_states(
-    top: PreTrainedModel, inputs: dict[str, Tensor], trunk_states: Tensor | None
-) -> Tensor:
-    """Last hidden states (N, P+R, H), from the trunk's states where they are known."""
-    start = {"input_ids": inputs["input_ids"]}
-    if trunk_states is not None:
-        start = {"inputs_embeds": trunk_states}
-    rest = {k: inputs[k] for k in ("attention_mask", "position_ids")}
-    return top(**start, **rest, use_cache=False).last_hidden_state

@@ -12,7 +12,6 @@ response, EOS included; the reward sits on the response's last token; whitening 
 response tokens of the whole rollout batch; advantages are computed once an iteration.
 """
 
-import contextlib
 import json
 import math
 import warnings
@@ -32,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from starling_lib import objectives
-from starling_lib.actor_critic import ActorCritic, Reference, join_rows, top_states
+from starling_lib.actor_critic import ActorCritic, Reference, join_rows
 from starling_lib.checkpoints import (
     WrappedModelTrainer,
     check_arguments,
@@ -57,10 +56,9 @@ from starling_lib.rollouts import (
     given_responses,
     sample,
     scatter,
-    token_logprobs,
 )
 from starling_lib.sharding import is_sharded
-from starling_lib.trunk import add_adapters, tapped
+from starling_lib.trunk import add_adapters
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -74,7 +72,6 @@ __all__ = [
     "RunningMoments",
     "checked_scores",
     "token_rewards",
-    "top_states",
 ]
 
 
@@ -557,32 +554,26 @@ class APATrainer(WrappedModelTrainer):
         The trunk's states serve policy, critic, reference and, beside them in the result,
         by number, the reward models that have the same lower layers.
         """
-        parts, scores, trunk = [], [], self.model.frozen_trunk
-        shared = self.rewards.on_trunk
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(inference(self.model, self.accelerator.autocast()))
-            layers = [reward.layers for reward in shared.values()]
-            below = stack.enter_context(tapped(trunk, layers)) if shared else {}
+        parts, scores = [], []
+        with inference(self.model, self.accelerator.autocast()):
             for some in self._in_parts(tokens):
-                parts.append(self._forward_part(some))
-                scores.append(
-                    {i: read(below[read.layers], some) for i, read in shared.items()}
-                )
+                below = self.model.trunk_layers(self.rewards.trunk_layers, **some)
+                scores.append(self.rewards.read(below, some))
+                parts.append(self._forward_part(some, below.get(max(below, default=0))))
         old = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        return old, {i: torch.cat([part[i] for part in scores]) for i in shared}
+        return old, {i: torch.cat([part[i] for part in scores]) for i in scores[0]}
 
-    def _forward_part(self, some: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Trunk, policy, critic and reference of a minibatch; no gradient."""
-        mask = some["response_mask"]
-        trunk = self.model.trunk_states(**some)
+    def _forward_part(
+        self, some: dict[str, Tensor], trunk: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Policy, critic and reference of a minibatch, without gradients."""
         out = self.model(**some, trunk_states=trunk, for_logging=True)
-        logits, ref_logits = out.pop("logits"), self.reference.logits(some, trunk)
-        chosen = token_logprobs(ref_logits, some["response_ids"][mask])
-        out["ref_logprobs"] = scatter(chosen, mask)
+        out["ref_logprobs"] = self.reference.logprobs(some, trunk)
         if trunk is not None:
             out["trunk_states"] = trunk
         if self.args.exact_kl:
-            out["kl_exact"] = scatter(objectives.kl_exact(logits, ref_logits), mask)
+            both = (m.logits(some, trunk) for m in (self.model, self.reference))
+            out["kl_exact"] = scatter(objectives.kl_exact(*both), some["response_mask"])
         return out
 
     def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.models import load_tokenizer, reward_head
-from starling_lib.rollouts import Rollout, encode_prompt, response_inputs
+from starling_lib.prefix import use_fast_backward
+from starling_lib.rollouts import Rollout, encode_prompt, row_states
 from starling_lib.scoring import encode_response, reads_last_token, score_responses
 from starling_lib.trunk import shared_layers, split_trunk
 
@@ -34,14 +35,12 @@ class RewardOnTrunk:
     def __init__(self, model: PreTrainedModel, layers: int):
         """`layers`: how many the policy's frozen trunk and the model have in common."""
         self.model, self.layers = model, layers
+        use_fast_backward(model)
         _, self.top = split_trunk(model, len(model.base_model.layers) - layers)
 
     def __call__(self, states: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         """(N,) scores from the (N, P+R, H) states after the common layers."""
-        inputs = response_inputs(**tokens)
-        inputs["inputs_embeds"] = states
-        del inputs["input_ids"]
-        hidden = self.top(**inputs, use_cache=False).last_hidden_state
+        hidden = row_states(self.top, tokens, states)
         # Prompts are padded on the left: every response begins at position P.
         last = tokens["prompt_ids"].shape[1] + tokens["response_mask"].sum(1) - 1
         return reward_head(self.model, hidden[torch.arange(len(last)), last])
@@ -100,6 +99,21 @@ class RewardSum:
             if layers := min(shared_layers(trunk, model.base_model), most):
                 self.on_trunk[i] = RewardOnTrunk(model, layers)
 
+    @property
+    def trunk_layers(self) -> list[int]:
+        """After which layers of the trunk its states must be known for `read`."""
+        return [reward.layers for reward in self.on_trunk.values()]
+
+    def read(
+        self, below: dict[int, Tensor], tokens: dict[str, Tensor]
+    ) -> dict[int, Tensor]:
+        """Scores (N,) of the reward models on the trunk, by their numbers.
+
+        `below`: states (N, P+R, H) after the `trunk_layers`.
+        """
+        shared = self.on_trunk.items()
+        return {i: reward(below[reward.layers], tokens) for i, reward in shared}
+
     def to(self, device) -> None:
         for function in self.functions:
             if hasattr(function, "to"):  # a model, or a function that holds one
@@ -113,17 +127,29 @@ class RewardSum:
     ) -> Tensor:
         """`known`: scores of reward models, by number, that were read on the trunk."""
         total = torch.zeros(len(rollout))
-        for i, (function, weight) in enumerate(
-            zip(self.functions, self.weights, strict=True)
+        for scores, weight in zip(
+            self.each(prompts, rollout, known), self.weights, strict=True
         ):
+            total += weight * scores
+        return total
+
+    def each(
+        self,
+        prompts: Dataset | None,
+        rollout: Rollout,
+        known: dict[int, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """(N,) scores of every function, in order; their means are kept for logs."""
+        told = []
+        for i, function in enumerate(self.functions):
             if known and i in known:
                 scores = self._completed(i, known[i], rollout)
             else:
                 scores = self._call(function, self.tokenizers[i], prompts, rollout)
             name = getattr(function, "__name__", type(function).__name__)
             self.last_means[f"rewards/{i}_{name}"] = scores.mean().item()
-            total += weight * scores
-        return total
+            told.append(scores)
+        return told
 
     def _completed(self, i: int, scores: Tensor, rollout: Rollout) -> Tensor:
         """Scores read on the trunk, and the others read from their texts."""

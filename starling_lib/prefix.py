@@ -32,6 +32,7 @@ __all__ = [
     "freeze_below",
     "longest_span",
     "pack_ranking",
+    "packs",
     "prefix_layout",
     "segment_mask",
     "shared_prefix_attention",
@@ -270,6 +271,14 @@ def use_fast_backward(model: PreTrainedModel) -> None:
     """Give a model loaded with sdpa this module's attention, which is sdpa elsewhere."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(SHARED_PREFIX)
+
+
+def packs(config) -> bool:
+    """Can rows pass without their padding: our attention, in every layer, no window?"""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None
+    ours = config._attn_implementation == SHARED_PREFIX
+    return ours and kinds == {"full_attention"} and not windowed
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)

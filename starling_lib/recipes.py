@@ -29,9 +29,9 @@ from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
 
 # Modules whose code decides the weights: a change in one makes artefacts anew.
 TRAINING_CODE = [
-    *("chat", "rankings", "models", "trunk", "prefix", "generation", "rollouts"),
-    *("losses", "scoring", "reward", "objectives", "actor_critic", "policy_rewards"),
-    "apa",
+    *("chat", "rankings", "models", "trunk", "prefix", "vocabulary", "generation"),
+    *("rollouts", "losses", "scoring", "reward", "objectives", "actor_critic"),
+    *("policy_rewards", "apa"),
 ]
 FIGURES_MIME = "application/vnd.starling.figures+json"
 

@@ -17,6 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.generation import generate_rows, left_pad
 from starling_lib.models import inference
+from starling_lib.prefix import PADDING, PROMPT, packs, prefix_layout
+from starling_lib.trunk import tapped
+from starling_lib.vocabulary import ChosenLogprobs, streams
 
 Messages = list[dict[str, str]]
 # The tensors of a rollout that a model needs, as `response_inputs` takes them.
@@ -197,6 +200,58 @@ def response_inputs(
     }
 
 
+def row_states(
+    layers: PreTrainedModel, tokens: dict[str, Tensor], states: Tensor | None = None
+) -> Tensor:
+    """(N, P+R, H) last hidden states of a trunk, or of the upper part of one.
+
+    `tokens`: the TOKEN_FIELDS of a rollout. With `states` (N, P+R, H) the layers read
+    those, else the tokens. What stands at padding has no meaning.
+    """
+    inputs, real = _inputs_of_rows(layers.config, tokens, states)
+    out = layers(**inputs, use_cache=False).last_hidden_state
+    return out if real is None else _padded(out, real)
+
+
+def layer_states(
+    layers: PreTrainedModel, tokens: dict[str, Tensor], after: Sequence[int]
+) -> dict[int, Tensor]:
+    """The same after so many layers, for each of the numbers: one pass for all of them."""
+    inputs, real = _inputs_of_rows(layers.config, tokens, None)
+    with tapped(layers, after) as found:
+        layers(**inputs, use_cache=False)
+    return {n: x if real is None else _padded(x, real) for n, x in found.items()}
+
+
+def _inputs_of_rows(config, tokens, states) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Arguments of a trunk for (N, P+R) rows; where they are packed also which are real.
+
+    Where the attention is that of `prefix`, all rows pass as one without their padding,
+    which is a third of them where lengths differ as they do in Nectar.
+    """
+    inputs = response_inputs(**tokens)
+    if states is not None:
+        del inputs["input_ids"]
+        inputs["inputs_embeds"] = states
+    if not packs(config):
+        return inputs, None
+    real = inputs.pop("attention_mask").bool()
+    segments = torch.where(real, 1, PADDING)
+    width = tokens["prompt_ids"].shape[1]
+    segments[:, :width].masked_fill_(tokens["prompt_mask"], PROMPT)
+    packed = {name: x[real][None] for name, x in inputs.items()}
+    # Four dimensions tell transformers to build no mask; the layout says it all.
+    packed["attention_mask"] = real.new_ones(1, 1, 1, 1)
+    packed["layout"] = prefix_layout(segments, real.sum(1, keepdim=True) - 1)
+    return packed, real
+
+
+def _padded(flat: Tensor, real: Tensor) -> Tensor:
+    """(1, tokens, H) → (N, P+R, H) with zeros where nothing is real; keeps gradients."""
+    wide = flat.new_zeros(*real.shape, flat.shape[-1])
+    return wide.index_put((real,), flat[0])
+
+
 def predicting_states(hidden: Tensor, response_mask: Tensor) -> Tensor:
     """(N, P+R, H) hidden states → (tokens, H): the state before each response token.
 
@@ -216,6 +271,21 @@ def next_token_logits(head: nn.Module, config, states: Tensor) -> Tensor:
     logits = logits / getattr(config, "logits_scaling", 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def word_logprobs(
+    head: nn.Module, config, states: Tensor, ids: Tensor, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(tokens, H) states, (tokens,) ids → log-probabilities and, if wanted, entropies.
+
+    Through `vocabulary` where the head is frozen, else from the table of all logits.
+    """
+    if streams(head, config):
+        scale = getattr(config, "logit_scale", 1.0)
+        scale = scale / getattr(config, "logits_scaling", 1.0)
+        return ChosenLogprobs.apply(states * scale, head.weight, ids, entropy)
+    logits = next_token_logits(head, config, states)
+    return token_logprobs(logits, ids), token_entropy(logits) if entropy else None
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -254,9 +324,7 @@ def sequence_logprobs(
 
 def _batch_logprobs(policy: PreTrainedModel, part: Rollout) -> Tensor:
     tensors = {name: getattr(part, name).to(policy.device) for name in TOKEN_FIELDS}
-    inputs = response_inputs(**tensors)
-    hidden = policy.base_model(**inputs, use_cache=False).last_hidden_state
-    mask = tensors["response_mask"]
-    states, head = predicting_states(hidden, mask), policy.get_output_embeddings()
-    logits = next_token_logits(head, policy.config, states)
-    return scatter(token_logprobs(logits, tensors["response_ids"][mask]), mask)
+    mask, head = tensors["response_mask"], policy.get_output_embeddings()
+    states = predicting_states(row_states(policy.base_model, tensors), mask)
+    chosen = word_logprobs(head, policy.config, states, tensors["response_ids"][mask])
+    return scatter(chosen[0], mask)

@@ -26,6 +26,7 @@ ORDER = [
     "checkpoints",
     "trunk",
     "prefix",
+    "vocabulary",
     "generation",
     "rollouts",
     "losses",

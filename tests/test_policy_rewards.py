@@ -127,11 +127,8 @@ def rollout(tokenizer):
 
 def on_trunk(rewards, actor, rollout) -> dict:
     tokens = {name: getattr(rollout, name) for name in TOKEN_FIELDS}
-    layers = [reward.layers for reward in rewards.on_trunk.values()]
-    with inference(actor), tapped(actor.frozen_trunk, layers) as below:
-        actor.trunk_states(**tokens)
-        shared = rewards.on_trunk.items()
-        return {i: read(below[read.layers], tokens) for i, read in shared}
+    with inference(actor):
+        return rewards.read(actor.trunk_layers(rewards.trunk_layers, **tokens), tokens)
 
 
 def test_scores_on_the_trunk_are_those_of_the_whole_reward_model(

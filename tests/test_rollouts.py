@@ -16,17 +16,22 @@ from transformers import (
 
 from starling_lib import generation, rollouts
 from starling_lib.generation import left_pad
+from starling_lib.prefix import packs, use_fast_backward
 from starling_lib.rollouts import (
+    TOKEN_FIELDS,
     Rollout,
     encode_prompt,
+    layer_states,
     predicting_states,
     response_inputs,
+    row_states,
     sample,
     scatter,
     sequence_logprobs,
     token_entropy,
     token_logprobs,
 )
+from starling_lib.trunk import split_trunk
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -339,3 +344,57 @@ def test_only_a_float32_policy_under_bf16_autocast_is_sampled_from_a_copy(policy
         assert rollouts.half_precision_copy(copied) is copied
     assert copied is not policy and copied.dtype == torch.bfloat16
     assert policy.dtype == torch.float32
+
+
+# --- rows without their padding
+
+
+def known_tokens() -> dict[str, torch.Tensor]:
+    rollout, *_ = known_rollout()
+    return {name: getattr(rollout, name) for name in TOKEN_FIELDS}
+
+
+@pytest.fixture(params=["shared_prefix", "sdpa", "eager"])
+def trunk(request, policy):
+    """The trunk of a policy with each attention; ours passes rows without padding."""
+    policy.set_attn_implementation(request.param)
+    assert packs(policy.config) == (request.param == "shared_prefix")
+    return policy.base_model.eval()
+
+
+def test_each_rows_states_are_those_of_a_forward_of_its_own(trunk):
+    tokens = known_tokens()
+    found = row_states(trunk, tokens)
+    after = layer_states(trunk, tokens, [1, 2])
+    mask = response_inputs(**tokens)["attention_mask"].bool()
+    assert not mask.all() and found.shape[:2] == mask.shape
+    for row, real in enumerate(mask):
+        ids = response_inputs(**tokens)["input_ids"][row][real][None]
+        alone = trunk(ids, output_hidden_states=True)
+        assert torch.allclose(found[row][real], alone.last_hidden_state[0], atol=1e-5)
+        below = alone.hidden_states[1][0]  # [0] is the embedding
+        assert torch.allclose(after[1][row][real], below, atol=1e-5)
+    assert torch.allclose(trunk.norm(after[2])[mask], found[mask], atol=1e-5)
+
+
+def test_upper_layers_read_states_and_pass_gradients_to_them(trunk, policy):
+    lower, upper = split_trunk(policy, 1)
+    tokens = known_tokens()
+    states = row_states(lower, tokens).detach().requires_grad_()
+    mask = response_inputs(**tokens)["attention_mask"].bool()
+    found = row_states(upper, tokens, states)
+    assert torch.allclose(found[mask], row_states(trunk, tokens)[mask], atol=1e-5)
+    found[mask].square().sum().backward()
+    assert states.grad[mask].abs().sum(-1).min() > 0
+    assert (states.grad[~mask] == 0).all() or not packs(trunk.config)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sliding_window": 4}, {"layer_types": ["full_attention", "other"]}]
+)
+def test_windows_and_other_kinds_of_layers_keep_their_padding(policy, settings):
+    use_fast_backward(policy)
+    assert packs(policy.config)
+    for name, value in settings.items():
+        setattr(policy.config, name, value)
+    assert not packs(policy.config)

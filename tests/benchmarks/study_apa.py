@@ -295,28 +295,24 @@ class Lab:
         from starling_lib.objectives import kl_k3
         from starling_lib.policy_rewards import RewardSum
         from starling_lib.rollouts import TOKEN_FIELDS
-        from starling_lib.trunk import tapped
 
-        judges = {"proxy": self.proxy, "gold": self.gold}
-        rewards = {name: RewardSum(m, [t]) for name, (m, t) in judges.items()}
-        for reward in rewards.values():
-            reward.share_trunk(actor.frozen_trunk)
-        on_trunk = {name: reward.on_trunk[0] for name, reward in rewards.items()}
-        layers = [reward.layers for reward in on_trunk.values()]
-        parts = {name: [] for name in (*judges, "kl")}
-        with inference(actor), tapped(actor.frozen_trunk, layers) as below:
+        models, tokenizers = zip(self.proxy, self.gold, strict=True)
+        rewards = RewardSum(list(models), tokenizers)
+        rewards.share_trunk(actor.frozen_trunk)
+        kls, scores = [], []
+        with inference(actor):
             for i in range(0, len(rollout), 16):
                 rows = rollout.select(range(i, min(i + 16, len(rollout))))
                 tokens = {name: getattr(rows, name) for name in TOKEN_FIELDS}
-                trunk = actor.trunk_states(**tokens)
+                below = actor.trunk_layers(rewards.trunk_layers, **tokens)
+                scores.append(rewards.read(below, tokens))
+                trunk = below[max(below)]
                 now = actor(**tokens, trunk_states=trunk)["logprobs"]
                 kl = kl_k3(now, reference.logprobs(tokens, trunk))
-                parts["kl"].append(torch.where(rows.response_mask, kl, 0).sum(1))
-                for name, read in on_trunk.items():
-                    parts[name].append(read(below[read.layers], tokens))
-        read = {name: torch.cat(part).float() for name, part in parts.items()}
-        told = {n: rewards[n](None, rollout, {0: read[n]}) for n in judges}
-        return {**told, "kl": read["kl"]}
+                kls.append(torch.where(rows.response_mask, kl, 0).sum(1))
+        known = {i: torch.cat([part[i] for part in scores]) for i in scores[0]}
+        proxy, gold = rewards.each(None, rollout, known)
+        return {"proxy": proxy, "gold": gold, "kl": torch.cat(kls).float()}
 
     def measure(self, policy) -> dict:
         """Held-out figures: means, and the prompts' own means for intervals."""
