@@ -488,6 +488,7 @@ class APATrainer(WrappedModelTrainer):
     def collect(self, prompts: Dataset, iteration: int) -> dict[str, Tensor]:
         """Sample, score and value one iteration's responses; log what they say."""
         args, device = self.args, self.accelerator.device
+        own = self.sampler is sample
         rollout = self.sampler(
             self.model.policy,
             self.processing_class,
@@ -495,9 +496,10 @@ class APATrainer(WrappedModelTrainer):
             max_new_tokens=args.max_new_tokens,
             batch_size=args.generation_batch_size or args.rollout_batch_size,
             seed=self._seed_of(iteration, 0),
+            **({"keep_after": self._trunk_layers()} if own else {}),
         )
         tokens = {name: getattr(rollout, name).to(device) for name in TOKEN_FIELDS}
-        old, on_trunk = self._forward_in_parts(tokens)
+        old, on_trunk = self._forward_in_parts(tokens, rollout.states)
         scores = self.rewards(prompts, rollout, on_trunk)
         experience = self._with_advantages(tokens, old, scores, rollout.finished)
         self._log_rollout(iteration, rollout, scores, experience)
@@ -521,11 +523,11 @@ class APATrainer(WrappedModelTrainer):
             tokens["trunk_states"] = torch.cat(states)
         return {f"ptx_{name}": x for name, x in tokens.items()}
 
-    def _in_parts(self, tokens: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Minibatches of rows, in order."""
+    def _in_parts(self, tensors: dict) -> Iterator[dict]:
+        """Minibatches of rows, in order; none of no tensors."""
         size = self.args.per_device_train_batch_size
-        for i in range(0, len(tokens["response_ids"]), size):
-            yield {name: x[i : i + size] for name, x in tokens.items()}
+        for i in range(0, len(next(iter(tensors.values()), ())), size):
+            yield {name: x[i : i + size] for name, x in tensors.items()}
 
     def _with_advantages(self, tokens, old, scores, finished) -> dict[str, Tensor]:
         """A rollout's tokens and forward pass, and GAE of its rewards."""
@@ -548,16 +550,26 @@ class APATrainer(WrappedModelTrainer):
             advantages = objectives.masked_whiten(advantages, mask, moments=moments)
         return {**tokens, **old, "advantages": advantages, "returns": returns}
 
-    def _forward_in_parts(self, tokens) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    def _trunk_layers(self) -> list[int]:
+        """After which layers of the frozen trunk its states serve somebody."""
+        trunk = self.model.frozen_trunk
+        top = [len(trunk.layers)] if trunk else []
+        return sorted({*self.rewards.trunk_layers, *top})
+
+    def _forward_in_parts(
+        self, tokens, sampled: dict[int, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """One pass of all rows, a minibatch at a time: what `_forward_part` gives.
 
-        The trunk's states serve policy, critic, reference and, beside them in the result,
-        by number, the reward models that have the same lower layers.
+        The trunk's states, where they were not `sampled` with the responses, are computed
+        once. They serve policy, critic, reference and, beside them in the result, by
+        number, the reward models that have the same lower layers.
         """
-        parts, scores = [], []
+        parts, scores, known = [], [], self._in_parts(sampled or {})
         with inference(self.model, self.accelerator.autocast()):
             for some in self._in_parts(tokens):
-                below = self.model.trunk_layers(self.rewards.trunk_layers, **some)
+                below = next(known, None)
+                below = below or self.model.trunk_layers(self._trunk_layers(), **some)
                 scores.append(self.rewards.read(below, some))
                 parts.append(self._forward_part(some, below.get(max(below, default=0))))
         old = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

@@ -1,8 +1,9 @@
 """Token lists in, sampled token lists out: one batch, as few wasted FLOPs as possible.
 
-`generate` does the steps. Around it, three things that it does not do: prompts are read
+`generate` does the steps. Around it, four things that it does not do: prompts are read
 in groups of like length, so that short ones are not padded to the longest; equal prompts
-are read once; rows that have ended leave the batch.
+are read once; rows that have ended leave the batch; hidden states that training wants are
+kept as they pass.
 
 Knows: tokens, key-value caches. Does not know: text, rewards.
 """
@@ -94,62 +95,146 @@ def generate_rows(
     pad_id: int,
     max_new_tokens: int,
     temperature: float,
-) -> list[list[int]]:
+    keep_after: Sequence[int] = (),
+) -> tuple[list[list[int]], list[dict[int, Tensor]]]:
     """One response a prompt: token lists, cut after the first EOS or at the limit.
 
-    temperature = 0 is greedy. Random numbers are torch's own: seed them before.
+    temperature = 0 is greedy. Random numbers are torch's own: seed them before. Beside
+    the responses, for each prompt, the states (tokens, H) after each of `keep_after`
+    layers, of prompt and response; only of a policy that `keeps_states`.
     """
-    draw = [InverseSampling(temperature)] if temperature > 0 else []
     ids, mask = (x.to(policy.device) for x in left_pad(prompts, pad_id))
+    width, alive = ids.shape[1], torch.arange(len(prompts))
     rows: list[list[int]] = [[] for _ in prompts]
-    alive, cache = torch.arange(len(prompts)), read_prompts(policy, prompts, pad_id)
-    with warnings.catch_warnings(), plain_generation(policy):
-        warnings.simplefilter("ignore")
+    kept: list[dict[int, Tensor]] = [{} for _ in prompts]
+    with plain_generation(policy), states_in_cache(policy, keep_after):
+        cache = read_prompts(policy, prompts, pad_id, len(keep_after))
         for done in range(0, max_new_tokens, CHUNK):
-            out = policy.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                past_key_values=cache,
-                max_new_tokens=min(CHUNK, max_new_tokens - done),
-                eos_token_id=eos_id,
-                pad_token_id=pad_id,
-                do_sample=False,  # the processor has already drawn
-                logits_processor=LogitsProcessorList(draw),
+            count = min(CHUNK, max_new_tokens - done)
+            out = _continue(
+                policy, ids, mask, cache, count, eos_id, pad_id, temperature
             )
             new = out[:, ids.shape[1] :]
+            mask = F.pad(mask, (0, new.shape[1]), value=True)
             for i, row in zip(alive.tolist(), new.tolist(), strict=True):
                 rows[i] += _until(row, eos_id)
-            going = (new != eos_id).all(1).nonzero().squeeze(1)
+            ends = (new == eos_id).any(1)
+            leaves = ends | (done + count == max_new_tokens)
+            if keep_after and leaves.any():
+                states = kept_states(policy, out, mask, cache, keep_after)
+                for place in leaves.nonzero().squeeze(1).tolist():
+                    i = int(alive[place])
+                    span = slice(width - len(prompts[i]), width + len(rows[i]))
+                    kept[i] = {n: x[place, span].clone() for n, x in states.items()}
+            going = (~ends).nonzero().squeeze(1)
             if len(going) == 0:
                 break
-            mask = torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)[going]
-            ids, alive = out[going], alive[going.cpu()]
+            mask, ids, alive = mask[going], out[going], alive[going.cpu()]
             if len(going) < len(out):
                 cache.batch_select_indices(going)
-    return rows
+    return rows, kept
+
+
+def _continue(policy, ids, mask, cache, count, eos_id, pad_id, temperature) -> Tensor:
+    """`ids` (N, T) with up to `count` more columns; the cache knows all but the last."""
+    draw = [InverseSampling(temperature)] if temperature > 0 else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return policy.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            past_key_values=cache,
+            max_new_tokens=count,
+            eos_token_id=eos_id,
+            pad_token_id=pad_id,
+            do_sample=False,  # the processor has already drawn
+            logits_processor=LogitsProcessorList(draw),
+        )
 
 
 def _until(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
+def keeps_states(policy: PreTrainedModel) -> bool:
+    """Does the policy's cache hold keys and values of every token in every layer?"""
+    layers = DynamicCache(config=policy.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+@contextlib.contextmanager
+def states_in_cache(policy: PreTrainedModel, after: Sequence[int]) -> Iterator[None]:
+    """Inside, caches also take in the states after so many layers, for each number.
+
+    They stand in layers that the cache has beyond the policy's: what is done to rows of
+    keys and values (growing, choosing, padding) is then done to them.
+    """
+    layers = policy.base_model.layers
+
+    def keep(place: int):
+        def hook(module, args, kwargs, output) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            states = states[:, None]  # one head
+            cache = kwargs["past_key_values"]
+            cache.update(states, states[..., :1], place)
+
+        return hook
+
+    handles = [
+        layers[n - 1].register_forward_hook(keep(len(layers) + j), with_kwargs=True)
+        for j, n in enumerate(after)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def kept_states(
+    policy: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    after: Sequence[int],
+) -> dict[int, Tensor]:
+    """(N, T, H) states of `ids` (N, T), the last of which the policy has yet to read."""
+    policy.base_model(
+        input_ids=ids[:, -1:],
+        attention_mask=mask.long(),
+        position_ids=mask.sum(1, keepdim=True) - 1,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    extra = cache.layers[-len(after) :]
+    states = {n: layer.keys[:, 0] for n, layer in zip(after, extra, strict=True)}
+    cache.crop(-1)  # `generate` reads the last token itself
+    return states
+
+
 def read_prompts(
-    policy: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    extra: int = 0,
 ) -> DynamicCache:
     """The cache of all prompts but their last tokens, rows padded on the left.
 
     Empty, for `generate` to fill, where layers keep other things than keys and values of
-    every token (sliding windows).
+    every token (sliding windows). `extra` layers more for `states_in_cache`.
     """
     cache = DynamicCache(config=policy.config)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if not keeps_states(policy):
         return cache
-    cache.layers = [RoomyLayer() for _ in cache.layers]
+    cache.layers = [RoomyLayer() for _ in range(len(cache.layers) + extra)]
     width = max(map(len, prompts)) - 1
     heads = sorted({tuple(row[:-1]) for row in prompts}, key=len)
     if width == 0 or len(heads[0]) == 0:
         return cache
-    parts = [_read_group(policy, group, pad_id, width) for group in like_lengths(heads)]
+    parts = [
+        _read_group(policy, group, pad_id, width, extra)
+        for group in like_lengths(heads)
+    ]
     place = {head: i for i, head in enumerate(heads)}
     rows = torch.tensor([place[tuple(row[:-1])] for row in prompts]).to(policy.device)
     for layer in range(len(parts[0].layers)):
@@ -171,10 +256,11 @@ def like_lengths(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]
             start = end
 
 
-def _read_group(policy, rows, pad_id: int, width: int) -> DynamicCache:
+def _read_group(policy, rows, pad_id: int, width: int, extra: int) -> DynamicCache:
     """One forward of the trunk; its cache, padded on the left to `width`."""
     ids, mask = (x.to(policy.device) for x in left_pad(rows, pad_id))
     cache = DynamicCache(config=policy.config)
+    cache.layers += [DynamicLayer() for _ in range(extra)]
     policy.base_model(
         input_ids=ids,
         attention_mask=mask.long(),

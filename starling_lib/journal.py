@@ -37,15 +37,18 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(path: str | os.PathLike | None) -> Iterator[Journal]:
-    """Open a journal with the rows that earlier runs left in it."""
+def open_journal(path: str | os.PathLike | None, wait: float = 0) -> Iterator[Journal]:
+    """Open a journal with the rows that earlier runs left in it.
+
+    Raises BlockingIOError where another process has it open for `wait` seconds more.
+    """
     if path is None:
         yield Journal()
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(f"{path}.lock").acquire(timeout=0)
+        held = FileLock(f"{path}.lock").acquire(timeout=wait)
     except Timeout:
         raise BlockingIOError(
             f"another run is writing {path}: let it end, or name another output"

@@ -312,7 +312,8 @@ def policy_study(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
     for i, method in enumerate(methods):
         own = runs[runs["method"] == method]["curve"]
         colour = colours[i % len(colours)]
-        _draw_paths(path, [curve for curve in own.dropna() if curve], colour)
+        with_kl = [curve for curve in own.dropna() if curve and "kl" in curve[0]]
+        _draw_paths(path, with_kl, colour)
         _draw_gains(held_out, table.loc[method], colour, method)
     path.set(title="While training", ylabel="mean proxy reward")
     held_out.set(title="Held-out prompts", ylabel="gain over the start")
@@ -327,7 +328,7 @@ def policy_study(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
 
 
 def _draw_paths(ax: Axes, curves: Sequence[Sequence[Mapping]], colour: str) -> None:
-    if not (curves := [curve for curve in curves if "kl" in curve[0]]):
+    if not curves:
         return
     points = [[(entry["kl"], entry["reward"]) for entry in curve] for curve in curves]
     kl, reward = np.moveaxis(np.array(points, dtype=float), -1, 0)  # (runs, entries)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from starling_lib.generation import generate_rows, left_pad
+from starling_lib.generation import generate_rows, keeps_states, left_pad
 from starling_lib.models import inference
 from starling_lib.prefix import PADDING, PROMPT, packs, prefix_layout
 from starling_lib.trunk import tapped
@@ -43,6 +43,8 @@ class Rollout:
     texts: list[str]  # response without its EOS
     finished: Tensor  # (N,) bool
     logprobs: Tensor | None = None  # (N, R) float32
+    # after so many of the policy's layers, (N, P+R, H), 0 at padding
+    states: dict[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -65,6 +67,8 @@ class Rollout:
 def _take(values, rows: list[int]):
     if values is None:
         return None
+    if isinstance(values, dict):
+        return {name: _take(part, rows) for name, part in values.items()}
     return values[rows] if isinstance(values, Tensor) else [values[r] for r in rows]
 
 
@@ -97,34 +101,53 @@ def sample(
     samples: int = 1,
     max_prompt_length: int | None = None,
     progress: bool = False,
+    keep_after: Sequence[int] = (),
 ) -> Rollout:
     """Sample `samples` responses to each prompt (consecutive rows), repeatably.
 
     The whole distribution is sampled: `generate` alone would keep the 50 likeliest tokens,
     and log-probabilities from the full distribution would no longer be those of the
-    sampler. temperature = 0 is greedy. Prompts are batched by
-    length; rows come back in the order given. The global random state is left as it was.
+    sampler. temperature = 0 is greedy. Prompts are batched by length; rows come back in
+    the order given. The global random state is left as it was. The rollout's `states`
+    after so many layers (`keep_after`) are kept where sampling computes them as training
+    would: not by a half-precision copy, not in sliding windows.
     """
     prompts = [messages for messages in prompts for _ in range(samples)]
     encoded = [encode_prompt(tokenizer, m, max_prompt_length) for m in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     responses: list[list[int]] = [[] for _ in prompts]
+    states: list[dict[int, Tensor]] = [{} for _ in prompts]
     with torch.random.fork_rng(), inference(policy):
         torch.manual_seed(seed)
-        policy = half_precision_copy(policy)
+        sampler = half_precision_copy(policy)
+        if sampler is not policy or not keeps_states(policy):
+            keep_after = ()
         for batch in tqdm(batches, "sampling", disable=not progress, leave=False):
-            rows = generate_rows(
-                policy,
+            rows, kept = generate_rows(
+                sampler,
                 [encoded[i] for i in batch],
                 tokenizer.eos_token_id,
                 tokenizer.pad_token_id,
                 max_new_tokens,
                 temperature,
+                keep_after,
             )
-            for i, row in zip(batch, rows, strict=True):
-                responses[i] = row
-    return _rollout(tokenizer, prompts, encoded, responses)
+            for i, row, below in zip(batch, rows, kept, strict=True):
+                responses[i], states[i] = row, below
+    rollout = _rollout(tokenizer, prompts, encoded, responses)
+    if keep_after:
+        rollout.states = {n: _in_place(rollout, states, n) for n in keep_after}
+    return rollout
+
+
+def _in_place(rollout: Rollout, states: list[dict[int, Tensor]], after: int) -> Tensor:
+    """(N, P+R, H): each row's states where its tokens stand."""
+    mask = torch.cat([rollout.prompt_mask, rollout.response_mask], 1)
+    first = states[0][after]
+    wide = first.new_zeros(*mask.shape, first.shape[-1])
+    wide[mask.to(first.device)] = torch.cat([row[after] for row in states])
+    return wide
 
 
 def given_responses(

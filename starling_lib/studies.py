@@ -59,13 +59,11 @@ def gain(
     return crossed_interval(ours, theirs)
 
 
-def summary(
-    runs: pd.DataFrame, measures: tuple[str, ...] = ("proxy", "gold")
-) -> pd.DataFrame:
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """One row a method: learning rate, seeds, gains over the start, mean figures.
 
-    A measure's columns are `estimate`, `low`, `high` under its name; the others stand under
-    an empty one. Runs that broke off count in `failed` and nowhere else.
+    The gains' columns are `estimate`, `low`, `high` under "proxy" and "gold"; the others
+    stand under an empty name. Runs that broke off count in `failed` and nowhere else.
     """
     rows = {}
     for method in runs["method"].unique():
@@ -73,7 +71,7 @@ def summary(
         rate = own["learning_rate"].iloc[0]
         row = {("", "rate"): f"{rate:.0e}", ("", "seeds"): len(own)}
         row["", "failed"] = own["by_prompt"].isna().sum()
-        for measure in measures if own["by_prompt"].notna().any() else ():
+        for measure in ("proxy", "gold") if own["by_prompt"].notna().any() else ():
             ends = gain(runs, method, measure)._asdict()
             row |= {(measure, name): ends[name] for name in ("estimate", "low", "high")}
         for name in ("kl", "length", "eos_rate", "distinct_2"):

@@ -19,6 +19,7 @@ from starling_lib.apa import (
     APAConfig,
     APATrainer,
     PromptBlocks,
+    RewardSum,
     checked_scores,
     fitting_prompts,
 )
@@ -500,6 +501,34 @@ def test_a_checkpoint_between_iterations_holds_no_experience(tokenizer, tmp_path
     assert {"advantages", "returns", "counts", "trunk_states"} <= set(experience)
 
 
+def test_the_trunk_is_not_run_again_where_sampling_has_run_it(
+    tokenizer, reward_model, tmp_path, monkeypatch
+):
+    """The experience is the same, whichever way the trunk's states are come by."""
+    passes, trunk_layers = [], ActorCritic.trunk_layers
+
+    def counted(self, *arguments, **tokens):
+        passes.append(arguments)
+        return trunk_layers(self, *arguments, **tokens)
+
+    def forgetful(*arguments, keep_after=(), **rest):
+        return sample(*arguments, **rest)
+
+    monkeypatch.setattr(ActorCritic, "trunk_layers", counted)
+    experiences = []
+    for sampler in (sample, forgetful):
+        trainer = make_trainer(tmp_path, tokenizer, reward_model, max_steps=1)
+        assert trainer.rewards.trunk_layers == [1]
+        trainer.sampler = sampler
+        experiences.append(trainer.collect(trainer.prompts.select(range(8)), 0))
+        assert len(passes) == (0 if sampler is sample else 2)
+    kept, again = experiences
+    assert kept.keys() == again.keys()
+    for name, values in kept.items():
+        close = torch.allclose(values.double(), again[name].double(), atol=1e-4)
+        assert close or name == "trunk_states", name
+
+
 @pytest.mark.parametrize("unfrozen", [1, None])
 def test_a_reward_model_on_the_trunk_changes_no_run(
     tokenizer, reward_model, tmp_path, monkeypatch, unfrozen
@@ -534,7 +563,7 @@ def test_a_reward_model_on_the_trunk_changes_no_run(
     monkeypatch.setattr("starling_lib.policy_rewards.score_responses", counted)
     logged("again")
     assert len(calls) == (0 if unfrozen else 2)
-    monkeypatch.setattr("starling_lib.policy_rewards.RewardSum.share_trunk", print)
+    monkeypatch.setattr(RewardSum, "share_trunk", lambda self, trunk: None)
     assert on_trunk == pytest.approx(logged("texts")[1], abs=1e-5)
 
 

@@ -11,6 +11,7 @@ from starling_lib import generation
 from starling_lib.generation import (
     RoomyLayer,
     generate_rows,
+    keeps_states,
     left_pad,
     like_lengths,
     read_prompts,
@@ -48,8 +49,8 @@ def test_rows_are_those_of_each_prompt_alone(lively, window):
     rows = [[i % model.config.vocab_size for i in row] for row in prompts()]
     arguments = (EOS, PAD, 40, 0.0)
     with torch.no_grad():
-        together = generate_rows(model, rows, *arguments)
-        alone = [generate_rows(model, [row], *arguments)[0] for row in rows]
+        together, _ = generate_rows(model, rows, *arguments)
+        alone = [generate_rows(model, [row], *arguments)[0][0] for row in rows]
     assert together == alone
     assert len(set(map(tuple, together))) == len(LENGTHS)
 
@@ -120,7 +121,7 @@ def test_ended_rows_leave_the_batch(lively, monkeypatch):
     lively.lm_head.register_forward_hook(logits)
     monkeypatch.setattr(generation, "CHUNK", 4)
     with torch.no_grad():
-        rows = generate_rows(lively, [[5, row] for row in texts], EOS, PAD, 20, 0.0)
+        rows, _ = generate_rows(lively, [[5, row] for row in texts], EOS, PAD, 20, 0.0)
     assert rows == [texts[40], texts[41], [7] * 20, [EOS]]
     assert sizes == [4] * 4 + [2] * 8 + [1] * 8
 
@@ -134,15 +135,15 @@ def test_nothing_is_generated_after_all_have_ended(lively):
 
     lively.lm_head.register_forward_hook(only_eos)
     with torch.no_grad():
-        rows = generate_rows(lively, prompts(), EOS, PAD, 60, 1.0)
+        rows, _ = generate_rows(lively, prompts(), EOS, PAD, 60, 1.0)
     assert rows == [[EOS]] * len(LENGTHS) and len(calls) == 1
 
 
 def test_a_prompt_of_one_token(lively):
     with torch.no_grad():
-        rows = generate_rows(lively, [[5], [5, 6, 7]], EOS, PAD, 5, 0.0)
+        rows, _ = generate_rows(lively, [[5], [5, 6, 7]], EOS, PAD, 5, 0.0)
         alone = [
-            generate_rows(lively, [p], EOS, PAD, 5, 0.0)[0] for p in ([5], [5, 6, 7])
+            generate_rows(lively, [p], EOS, PAD, 5, 0.0)[0][0] for p in ([5], [5, 6, 7])
         ]
     assert rows == alone
 
@@ -153,3 +154,66 @@ def test_groups_keep_every_row_and_little_padding(lengths):
     groups = list(like_lengths(rows))
     assert [row for group in groups for row in group] == rows
     assert all(len(g[0]) >= generation.LIKE_LENGTH * len(g[-1]) for g in groups)
+
+
+# --- states kept while sampling
+
+CUT = {40: 3, 41: 10, 43: 1, 44: 4}  # tokens until EOS; 42 goes on to the limit
+
+
+@pytest.fixture
+def endings(policy, monkeypatch):
+    """A policy whose response to a prompt ending in 40 has 3 tokens, and so on.
+
+    EOS falls inside a chunk of 4, on its last token and on the very first.
+    """
+    done = {}
+
+    def logits(module, args, out):
+        for i, row in enumerate(current):
+            done[row] = done.get(row, 0) + 1
+            token = EOS if done[row] == CUT.get(row) else 100 + done[row]
+            out[i, -1] = torch.full_like(out[i, -1], -1e4).index_fill(
+                0, torch.tensor(token), 0.0
+            )
+        if max(done.values()) % 4 == 0:
+            current[:] = [r for r in current if done[r] < CUT.get(r, 99)]
+        return out
+
+    current = [40, 41, 42, 43, 44]
+    policy.lm_head.register_forward_hook(logits)
+    monkeypatch.setattr(generation, "CHUNK", 4)
+    return policy
+
+
+@pytest.mark.parametrize("head", [[], [5], [5, 6, 7]], ids=len)
+def test_kept_states_are_those_of_a_forward_of_the_whole_row(endings, head):
+    """Of every token: the last of a response, too, which sampling itself does not read."""
+    asked = [[*head, 8, *range(50, 50 + n), n] for n in (40, 41, 42, 43, 44)]
+    with torch.no_grad():
+        rows, kept = generate_rows(endings, asked, EOS, PAD, 18, 0.0, [1, 2])
+        assert [len(row) for row in rows] == [3, 10, 18, 1, 4]
+        for prompt, row, states in zip(asked, rows, kept, strict=True):
+            ids = torch.tensor([prompt + row])
+            whole = endings.base_model(ids, output_hidden_states=True)
+            assert torch.allclose(states[1], whole.hidden_states[1][0], atol=1e-5)
+            last = endings.base_model.norm(states[2])
+            assert torch.allclose(last, whole.last_hidden_state[0], atol=1e-5)
+
+
+def test_keeping_states_changes_no_response_and_leaves_nothing_behind(lively):
+    asked = [*prompts(), prompts()[2], [7]]
+    with torch.no_grad():
+        torch.manual_seed(3)
+        rows, kept = generate_rows(lively, asked, EOS, PAD, 20, 1.0, [2])
+        torch.manual_seed(3)
+        again, nothing = generate_rows(lively, asked, EOS, PAD, 20, 1.0)
+    assert rows == again and nothing == [{}] * len(asked)
+    lengths = [len(p) + len(r) for p, r in zip(asked, rows, strict=True)]
+    assert [len(states[2]) for states in kept] == lengths
+    assert not any(layer._forward_hooks for layer in lively.base_model.layers)
+
+
+def test_a_cache_of_windows_keeps_no_states(lively):
+    assert keeps_states(lively)
+    assert not keeps_states(mistral(sliding_window=16))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import mistral
 from scipy import stats
 from transformers import (
     AutoModelForCausalLM,
@@ -222,6 +223,36 @@ def test_select_keeps_fields_together(policy, tokenizer):
     assert part.texts == [rollout.texts[2], rollout.texts[0]]
     for name in ("prompt_ids", "response_mask", "finished", "logprobs"):
         assert torch.equal(getattr(part, name), getattr(rollout, name)[[2, 0]])
+
+
+# --- states kept while sampling
+
+
+def test_kept_states_stand_where_their_tokens_stand(policy, tokenizer):
+    arguments = {"max_new_tokens": 9, "samples": 2, "batch_size": 3, "seed": 1}
+    rollout = sample(policy, tokenizer, PROMPTS, **arguments, keep_after=[1, 2])
+    plain = sample(policy, tokenizer, PROMPTS, **arguments)
+    assert torch.equal(rollout.response_ids, plain.response_ids)
+    assert plain.states is None
+    tokens = {name: getattr(rollout, name) for name in TOKEN_FIELDS}
+    mask = response_inputs(**tokens)["attention_mask"].bool()
+    expected = layer_states(policy.base_model, tokens, [1, 2])
+    for after, states in rollout.states.items():
+        assert torch.allclose(states[mask], expected[after][mask], atol=1e-5)
+        assert (states[~mask] == 0).all()
+    chosen = rollout.select([5, 0])
+    assert torch.equal(chosen.states[2], rollout.states[2][[5, 0]])
+
+
+def test_states_of_another_precision_or_of_windows_are_not_kept(
+    policy, tokenizer, monkeypatch
+):
+    windowed = mistral(sliding_window=16).eval()
+    asked = {"max_new_tokens": 3, "keep_after": [1]}
+    windowed.resize_token_embeddings(259)
+    assert sample(windowed, tokenizer, PROMPTS, **asked).states is None
+    monkeypatch.setattr(rollouts, "half_precision_copy", copy.deepcopy)
+    assert sample(policy, tokenizer, PROMPTS, **asked).states is None
 
 
 # --- log-probabilities

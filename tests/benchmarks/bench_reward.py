@@ -20,7 +20,7 @@ import warnings
 from datetime import date
 from pathlib import Path
 
-from bench_rollout import machine
+from bench_rollout import machine, peak_gib
 
 RESULTS = Path(__file__).resolve().parents[2] / "data/studies"
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -182,8 +182,6 @@ def flops_a_token(trainer, variant: str) -> float:
 
 def measure(variant: str, data: str, prompts: int) -> dict[str, float]:
     """Train `prompts` prompts after one warm-up step; what that took."""
-    import resource
-
     from transformers import TrainerCallback
 
     from starling_lib.models import matmul_gflops, precision
@@ -211,7 +209,7 @@ def measure(variant: str, data: str, prompts: int) -> dict[str, float]:
     return {
         "prompts_per_second": prompts / seconds,
         "tokens_per_second": tokens / seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
         "gflops": tokens * flops_a_token(trainer, variant) / seconds / 1e9,
         "matmul_gflops": peak,
         "precision": precision(),

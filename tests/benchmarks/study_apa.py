@@ -18,7 +18,7 @@ of few threads (`--workers`) do more in an hour than one process with all of the
 """
 
 import argparse
-import json
+import math
 import multiprocessing
 import os
 import tempfile
@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 from bench_rollout import reward_function
 
+from starling_lib.journal import open_journal
 from starling_lib.studies import RUN_KEYS, read_runs, summary
 
 PRESET, MODEL = "small", "smollm2-135m"
@@ -208,6 +209,39 @@ def half_a():
     return load_rankings(split="train", half="A")
 
 
+# --- reading what a policy has sampled
+
+
+def trunk_layers(actor, rewards) -> list[int]:
+    """Where the layers end that policy and start, policy and judges have in common."""
+    return sorted({*rewards.trunk_layers, len(actor.frozen_trunk.layers)})
+
+
+def read(rollout, actor, reference, rewards) -> dict:
+    """Proxy, gold and k3-KL of each response, (N,) each, 16 rows at a time."""
+    import torch
+
+    from starling_lib.models import inference
+    from starling_lib.objectives import kl_k3
+    from starling_lib.rollouts import TOKEN_FIELDS
+
+    kls, scores = [], []
+    with inference(actor):
+        for i in range(0, len(rollout), 16):
+            rows = rollout.select(range(i, min(i + 16, len(rollout))))
+            tokens = {name: getattr(rows, name) for name in TOKEN_FIELDS}
+            layers = trunk_layers(actor, rewards)
+            below = rows.states or actor.trunk_layers(layers, **tokens)
+            scores.append(rewards.read(below, tokens))
+            trunk = below[max(below)]
+            now = actor(**tokens, trunk_states=trunk)["logprobs"]
+            kl = kl_k3(now, reference.logprobs(tokens, trunk))
+            kls.append(torch.where(rows.response_mask, kl, 0).sum(1))
+    known = {i: torch.cat([part[i] for part in scores]) for i in scores[0]}
+    proxy, gold = rewards.each(None, rollout, known)
+    return {"proxy": proxy, "gold": gold, "kl": torch.cat(kls).float()}
+
+
 # --- one run
 
 
@@ -266,6 +300,10 @@ class Lab:
         from starling_lib.actor_critic import ActorCritic
         from starling_lib.rollouts import sample
 
+        actor = ActorCritic(policy, num_layers_unfrozen=LAYERS)
+        start = ActorCritic(self.reference, num_layers_unfrozen=LAYERS)
+        rewards = self.judges()
+        rewards.share_trunk(actor.frozen_trunk)
         rollout = sample(
             policy.eval(),
             self.tokenizer,
@@ -273,9 +311,8 @@ class Lab:
             max_new_tokens=SHARED["max_new_tokens"],
             samples=samples,
             batch_size=len(prompts) * samples,
+            keep_after=trunk_layers(actor, rewards),
         )
-        actor = ActorCritic(policy, num_layers_unfrozen=LAYERS)
-        start = ActorCritic(self.reference, num_layers_unfrozen=LAYERS)
         return pd.DataFrame(
             {
                 "prompt_index": np.repeat(range(len(prompts)), samples),
@@ -283,36 +320,16 @@ class Lab:
                 "response": rollout.texts,
                 "length": rollout.lengths,
                 "eos_rate": rollout.finished.float(),
-                **self.read(rollout, actor, start.frozen_reference()),
+                **read(rollout, actor, start.frozen_reference(), rewards),
             }
         )
 
-    def read(self, rollout, actor, reference) -> dict:
-        """Proxy, gold and k3-KL of each response, (N,) each."""
-        import torch
-
-        from starling_lib.models import inference
-        from starling_lib.objectives import kl_k3
+    def judges(self):
+        """Proxy and gold, in this order."""
         from starling_lib.policy_rewards import RewardSum
-        from starling_lib.rollouts import TOKEN_FIELDS
 
         models, tokenizers = zip(self.proxy, self.gold, strict=True)
-        rewards = RewardSum(list(models), tokenizers)
-        rewards.share_trunk(actor.frozen_trunk)
-        kls, scores = [], []
-        with inference(actor):
-            for i in range(0, len(rollout), 16):
-                rows = rollout.select(range(i, min(i + 16, len(rollout))))
-                tokens = {name: getattr(rows, name) for name in TOKEN_FIELDS}
-                below = actor.trunk_layers(rewards.trunk_layers, **tokens)
-                scores.append(rewards.read(below, tokens))
-                trunk = below[max(below)]
-                now = actor(**tokens, trunk_states=trunk)["logprobs"]
-                kl = kl_k3(now, reference.logprobs(tokens, trunk))
-                kls.append(torch.where(rows.response_mask, kl, 0).sum(1))
-        known = {i: torch.cat([part[i] for part in scores]) for i in scores[0]}
-        proxy, gold = rewards.each(None, rollout, known)
-        return {"proxy": proxy, "gold": gold, "kl": torch.cat(kls).float()}
+        return RewardSum(list(models), tokenizers)
 
     def measure(self, policy) -> dict:
         """Held-out figures: means, and the prompts' own means for intervals."""
@@ -322,7 +339,8 @@ class Lab:
         columns = ["proxy", "gold", "kl", "length", "eos_rate"]
         by_prompt = frame.groupby("prompt_index")[columns].mean()
         figures = by_prompt.mean().round(4).to_dict()
-        figures["distinct_2"] = round(distinct_n(frame["response"]), 4)
+        distinct = distinct_n(frame["response"])  # NaN: nobody said two words
+        figures["distinct_2"] = None if math.isnan(distinct) else round(distinct, 4)
         prompts = {name: by_prompt[name].round(4).tolist() for name in by_prompt}
         examples = frame.drop_duplicates("prompt_index").iloc[[0, 18, -1]]
         kept = examples[["prompt", "response", "proxy", "gold"]].round(3)
@@ -346,7 +364,7 @@ def stages(methods: list[str], seeds: int):
 
     def chosen(method):
         runs = read_runs(RESULTS).set_index(list(RUN_KEYS))
-        return (runs.loc[(method, 0), "learning_rate"],)
+        return (float(runs.loc[(method, 0), "learning_rate"]),)
 
     # TRL's take longest: they come first, so that no process waits for one at the end.
     grid = [(m, *METHODS[m], 0) for m in reversed(ours)]
@@ -428,8 +446,8 @@ def make_runs(options) -> None:
     with context.Pool(options.workers, prepare) as pool:
         for jobs in stages(options.only, options.seeds):
             for line in pool.imap_unordered(run, jobs):
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                with open_journal(RESULTS, wait=60) as journal:  # others may write, too
+                    journal.append(line)
                 kept = ("method", "seed", "learning_rate", "proxy", "gold", "kl")
                 told = {name: line.get(name) for name in (*kept, "minutes")}
                 print(told, flush=True)
