@@ -12,6 +12,7 @@ response, EOS included; the reward sits on the response's last token; whitening 
 response tokens of the whole rollout batch; advantages are computed once an iteration.
 """
 
+import inspect
 import json
 import math
 import warnings
@@ -330,8 +331,8 @@ class APATrainer(WrappedModelTrainer):
     A reward model whose lower layers are the policy's frozen ones is read on their states.
     `train_dataset`, `eval_dataset`: rows with a conversational `prompt`. `peft_config`:
     train adapters (LoRA), in the last `num_layers_unfrozen` layers or in all. `sampler`:
-    gives the responses, called as `rollouts.sample`; a dict `figures` that it may have is
-    logged. Saved and resumed as the policy (or its adapters), the critic beside it. Give
+    gives the responses, called as `rollouts.sample` (with `keep_after` if it knows that
+    parameter); a dict `figures` that it may have is logged. Saved and resumed as the policy (or its adapters), the critic beside it. Give
     the *initial* policy as `model` also when resuming: it is the reference.
     """
 
@@ -488,7 +489,8 @@ class APATrainer(WrappedModelTrainer):
     def collect(self, prompts: Dataset, iteration: int) -> dict[str, Tensor]:
         """Sample, score and value one iteration's responses; log what they say."""
         args, device = self.args, self.accelerator.device
-        own = self.sampler is sample
+        parameters = inspect.signature(self.sampler).parameters
+        keeps = "keep_after" in parameters  # a server, say, has no states to give
         rollout = self.sampler(
             self.model.policy,
             self.processing_class,
@@ -496,7 +498,7 @@ class APATrainer(WrappedModelTrainer):
             max_new_tokens=args.max_new_tokens,
             batch_size=args.generation_batch_size or args.rollout_batch_size,
             seed=self._seed_of(iteration, 0),
-            **({"keep_after": self._trunk_layers()} if own else {}),
+            **({"keep_after": self._trunk_layers()} if keeps else {}),
         )
         tokens = {name: getattr(rollout, name).to(device) for name in TOKEN_FIELDS}
         old, on_trunk = self._forward_in_parts(tokens, rollout.states)

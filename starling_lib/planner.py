@@ -32,6 +32,7 @@ SHARDED = {
 # DeepSpeed computes in weights of low precision and keeps a float32 copy to update; all
 # else here keeps float32 weights and lets autocast make copies.
 _LOW_PRECISION_WEIGHTS = ("zero1", "zero2", "zero3")
+_WORDS = 2048  # of the vocabulary at a time: `vocabulary.WORDS`
 _GATHERED_LAYERS = 2  # whole at a time where weights are split: one and the next
 
 
@@ -146,14 +147,8 @@ class Load:
     @classmethod
     def of_responses(cls, rows: int, prompt: int, response: int, **state):
         """Rows of one prompt and one response, whose log-probabilities are asked for."""
-        tokens = rows * (prompt + response)
-        return cls(
-            tokens=tokens,
-            keys=tokens,
-            pairs=tokens * (prompt + response),
-            response_tokens=rows * response,
-            **state,
-        )
+        words = {"response_tokens": rows * response}
+        return cls.of_rankings(rows, prompt, response, 1, **words, **state)
 
     @property
     def low_precision(self) -> bool:
@@ -167,6 +162,10 @@ class Load:
     @property
     def weight_bytes(self) -> int:
         return self.bytes_compute if self.low_precision else self.bytes_parameter
+
+    def trains_head(self, shape: Shape) -> bool:
+        """Whether the vocabulary's matrix trains: not where it is a frozen embedding."""
+        return self.trained_layers is None or not shape.tied
 
     def layers_of(self, shape: Shape) -> int:
         """How many layers train."""
@@ -230,9 +229,13 @@ def logit_bytes(shape: Shape, load: Load) -> float:
     """Logits of the response tokens in float32, and three times as much beside them.
 
     The backward pass of logsumexp is grad · exp(logits − result), whose three
-    intermediate results live side by side.
+    intermediate results live side by side. Through a frozen head the vocabulary passes in
+    pieces (`vocabulary`): two of those, and a mean word, a chosen one and a slope a token.
     """
-    return 4 * 4 * load.response_tokens * shape.vocabulary
+    if load.trains_head(shape):
+        return 4 * 4 * load.response_tokens * shape.vocabulary
+    words = min(_WORDS, shape.vocabulary)
+    return 4 * load.response_tokens * (2 * words + 3 * shape.hidden)
 
 
 def workspace_bytes(shape: Shape, load: Load) -> float:
@@ -250,9 +253,8 @@ def state_bytes(shape: Shape, load: Load, head: bool) -> dict[str, float]:
     """Weights, gradients, optimiser and working copies on one device.
 
     Gradients without sharding stand twice on several devices: DDP sends them in buckets
-    of its own. Working copies are those that autocast makes of weights that train (and of
-    the head, which gradients pass) until the forward pass ends, and layers put together
-    where weights are split.
+    of its own. Working copies are those that autocast makes of weights that train until
+    the forward pass ends, and layers put together where weights are split.
     """
     split = SHARDED[load.sharding]
     share = {
@@ -264,7 +266,8 @@ def state_bytes(shape: Shape, load: Load, head: bool) -> dict[str, float]:
     copies = 0
     if load.autocast:
         matrices = load.layers_of(shape) * shape.layer_parameters
-        matrices += shape.embedding_parameters if head else 0
+        own_head = head and load.trains_head(shape)
+        matrices += shape.embedding_parameters if own_head else 0
         copies += matrices * load.bytes_compute
     if "weights" in split and load.devices > 1:
         copies += _GATHERED_LAYERS * shape.layer_parameters * load.weight_bytes
@@ -322,8 +325,7 @@ def beside_policy(
     layers = load.layers_of(policy) * policy.layer_parameters + policy.hidden
     if load.trained_layers is None:
         layers += policy.embedding_parameters
-    own_head = load.trained_layers is None or not policy.tied
-    head = policy.embedding_parameters if own_head else 0
+    head = policy.embedding_parameters if load.trains_head(policy) else 0
     critic = policy.value_head_parameters + (layers if separate_critic else 0)
     return {
         "reference": 4 * (layers + head),

@@ -19,7 +19,7 @@ from transformers import (
     MistralConfig,
 )
 
-from starling_lib import plots
+from starling_lib import planner, plots, vocabulary
 from starling_lib.__main__ import main
 from starling_lib.actor_critic import ActorCritic
 from starling_lib.command_recipes import (
@@ -192,7 +192,6 @@ def test_what_a_policy_keeps_is_what_is_planned(way):
     rows, prompt, response = 4, 20, 30
     ones = torch.ones(rows, prompt + response, dtype=torch.long)
     mask = ones.bool()
-    mask[0, :5] = False  # padding: without, attention keeps no weights
     tokens = {
         "prompt_ids": ones[:, :prompt],
         "prompt_mask": mask[:, :prompt],
@@ -214,8 +213,9 @@ def test_what_a_policy_keeps_is_what_is_planned(way):
         on_cpu=True,
     )
     memory = training_memory(shape, load)
-    # Of the four times that the logits count, autograd keeps them once.
-    planned = memory["activations"] + memory["logits"] / 4 + memory["working copies"]
+    # Of what the head needs, autograd keeps the slope of each token.
+    slopes = 4 * rows * response * shape.hidden
+    planned = memory["activations"] + slopes + memory["working copies"]
     heads = 4 * rows * response * 3 * shape.hidden  # of the critic: input and inner
     trunk = (
         4 * rows * (prompt + response) * shape.hidden
@@ -245,7 +245,9 @@ def test_beside_a_policy_stand_reference_critic_reward_model_and_trunk_states():
     assert memory["critic"] == 16 * head
     assert memory["reward model"] == 4 * (SMALL.trunk_parameters + 576)
     assert memory["trunk states"] == (64 + 8) * 150 * 576 * 4
-    assert memory["logits"] == 8 * 50 * 49152 * 16
+    assert memory["logits"] == 8 * 50 * 4 * (2 * 2048 + 3 * 576)
+    whole = apa_memory(SMALL, SMALL, dataclasses.replace(load, trained_layers=None))
+    assert whole["logits"] == 8 * 50 * 49152 * 16
     critic = apa_memory(SMALL, SMALL, load, separate_critic=True)
     assert critic["critic"] == 16 * (head + four) and "trunk states" not in critic
     assert critic["activations"] == 2 * memory["activations"]
@@ -286,6 +288,10 @@ def test_hours_and_money():
     assert hours(3600e12, devices=8, tflops=1, utilisation=0.5) == 0.25
     # 182,954 rankings by a judge at 30 and 60 dollars a million tokens
     assert judging_cost(1000, 3000, 700, (30, 60)) == pytest.approx(132)
+
+
+def test_the_pieces_of_the_vocabulary_are_those_that_pass():
+    assert planner._WORDS == vocabulary.WORDS
 
 
 def test_what_fits():

@@ -4,11 +4,12 @@
 
 An iteration samples 64 responses of up to 64 tokens, scores them with the same reward
 model and makes the same number of updates on them, with a KL term, the same precision and
-no gradient checkpointing. Beside it sampling alone, ours and plain `generate`, and for its
+no gradient checkpointing. Both see every prompt twice, as RLOO's baseline needs it. Beside
+it sampling alone, ours and plain `generate`, and for its
 memory one update of a whole policy, nothing else held. Every measurement is a process of
 its own; the variants take turns, and another call goes on where this one stopped. Prints
 a table and writes `data/studies/speed_rollout.json`; memory is the peak over what the
-imports alone take.
+imports alone take. `--profile` prints instead where the seconds of our iteration go.
 """
 
 import argparse
@@ -96,6 +97,8 @@ def setup(layers: int | None, folder: Path):
 
 
 def apa_iteration(layers: int | None, responses: int, folder: Path) -> float:
+    from datasets import concatenate_datasets
+
     from starling_lib.apa import APAConfig, APATrainer
 
     policy, tokenizer, reward_model, rewarder = setup(layers, folder / "start")
@@ -113,12 +116,12 @@ def apa_iteration(layers: int | None, responses: int, folder: Path) -> float:
         save_strategy="no",
         disable_tqdm=True,
     )
-    data = prompts(4 * responses)
+    data = prompts(responses // 2)
     trainer = APATrainer(
         policy,
         reward_model,
         args,
-        data,
+        concatenate_datasets([data, data]),
         processing_class=tokenizer,
         reward_processing_classes=[rewarder],
     )
@@ -163,6 +166,59 @@ def rloo_iteration(layers: int | None, responses: int, folder: Path) -> float:
     trainer.add_callback(clock.callback)
     trainer.train()
     return clock.seconds
+
+
+def profile(responses: int) -> str:
+    """Seconds of each part of our second iteration, as a Markdown table.
+
+    Parts hold each other: those of a later row are inside one before it.
+    """
+    from functools import wraps
+
+    import torch
+
+    from starling_lib import actor_critic, apa, policy_rewards
+
+    spent: dict[str, float] = {}
+
+    def timed(owner, name: str, part: str) -> None:
+        function = getattr(owner, name)
+
+        @wraps(function)
+        def wrapped(*arguments, **named):
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                spent[part] = spent.get(part, 0) + time.perf_counter() - start
+
+        setattr(owner, name, wrapped)
+
+    collect, build = apa.APATrainer.collect, apa.APATrainer.__init__
+
+    def second(self, prompts, iteration):
+        spent.clear()  # so that the last iteration is what stays
+        return collect(self, prompts, iteration)
+
+    def sampler_timed(self, *arguments, **named):
+        build(self, *arguments, **named)
+        timed(self, "sampler", "sampling")
+
+    apa.APATrainer.collect, apa.APATrainer.__init__ = second, sampler_timed
+    timed(
+        apa.APATrainer, "_forward_in_parts", "policy, critic, reference, reward: once"
+    )
+    timed(policy_rewards.RewardSum, "each", "rewards read from texts")
+    timed(apa.APATrainer, "compute_loss", "updates, forward")
+    timed(torch.Tensor, "backward", "updates, backward")
+    timed(actor_critic, "row_states", "… of all that: trained layers, forward")
+    timed(actor_critic, "word_logprobs", "… of all that: the head and its gradient")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = apa_iteration(4, responses, Path(folder))
+    lines = ["| part | seconds | share |", "| --- | --- | --- |"]
+    for part, seconds in {"the iteration": whole, **spent}.items():
+        lines.append(f"| {part} | {seconds:.1f} | {seconds / whole:.0%} |")
+    return "\n".join(lines)
 
 
 def sampling(plain: bool, responses: int) -> float:
@@ -323,8 +379,14 @@ def main() -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="measure anew what is there already"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="parts of our iteration, last 4 layers"
+    )
     parser.add_argument("--worker", choices=list(VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.profile:
+        print(profile(options.responses))
+        return
     if options.worker:
         print(json.dumps(measure(options.worker, options.responses)))
         return
