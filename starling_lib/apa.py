@@ -332,8 +332,9 @@ class APATrainer(WrappedModelTrainer):
     `train_dataset`, `eval_dataset`: rows with a conversational `prompt`. `peft_config`:
     train adapters (LoRA), in the last `num_layers_unfrozen` layers or in all. `sampler`:
     gives the responses, called as `rollouts.sample` (with `keep_after` if it knows that
-    parameter); a dict `figures` that it may have is logged. Saved and resumed as the policy (or its adapters), the critic beside it. Give
-    the *initial* policy as `model` also when resuming: it is the reference.
+    parameter); a dict `figures` that it may have is logged. Saved and resumed as the
+    policy (or its adapters), the critic beside it. Give the *initial* policy as `model`
+    also when resuming: it is the reference.
     """
 
     def __init__(
