@@ -21,6 +21,7 @@ from starling_lib.rollouts import (
     response_inputs,
     row_states,
     scatter,
+    token_entropy,
     token_logprobs,
     word_logprobs,
 )
@@ -33,8 +34,9 @@ class ActorCritic(nn.Module):
 
     The critic is a head on the policy's last hidden state or, with `separate`, on its own
     copy of the trained layers. Frozen lower layers run once an iteration
-    (`trunk_states`), but not of a policy sharded at loading; sampling always uses the
-    whole policy. Raises ValueError for a copy of what is sharded.
+    (`trunk_states`, if sampling has not kept their states), but not of a policy sharded
+    at loading; sampling always uses the whole policy. Raises ValueError for a copy of
+    what is sharded.
     """
 
     def __init__(
@@ -109,11 +111,13 @@ class ActorCritic(nn.Module):
         response_mask: Tensor,
         trunk_states: Tensor | None = None,
         for_logging: bool = False,
+        want_logits: bool = False,
     ) -> dict[str, Tensor]:
         """`logprobs`, `values` of each response token, (N, R), 0 at padding.
 
         The value of token t is read where t is predicted: before it is known.
-        `for_logging` adds `entropy`.
+        `for_logging` adds `entropy`, `want_logits` the `logits` (tokens, V) of the unmasked
+        tokens.
         """
         tokens = {
             "prompt_ids": prompt_ids,
@@ -125,19 +129,18 @@ class ActorCritic(nn.Module):
             trunk_states = self.trunk_states(**tokens)
         states = self._predicting(self._top, tokens, trunk_states)
         head, ids = self.policy.get_output_embeddings(), response_ids[response_mask]
-        logprobs, entropy = word_logprobs(head, self.config, states, ids, for_logging)
+        logits = next_token_logits(head, self.config, states) if want_logits else None
+        logprobs, entropy = (
+            word_logprobs(head, self.config, states, ids, for_logging)
+            if logits is None
+            else (token_logprobs(logits, ids), token_entropy(logits))
+        )
         if self.value_trunk is not None:
             states = self._predicting(self.value_trunk, tokens, trunk_states)
         out = {"logprobs": logprobs, "values": self.value_head(states)}
         out |= {"entropy": entropy} if for_logging else {}
-        return {name: scatter(x, response_mask) for name, x in out.items()}
-
-    @torch.no_grad()
-    def logits(self, tokens: dict[str, Tensor], trunk_states: Tensor | None) -> Tensor:
-        """(tokens, V) logits from which the policy draws each response token."""
-        states = self._predicting(self._top, tokens, trunk_states)
-        head = self.policy.get_output_embeddings()
-        return next_token_logits(head, self.config, states)
+        out = {name: scatter(x, response_mask) for name, x in out.items()}
+        return {**out, "logits": logits} if want_logits else out
 
     @staticmethod
     def _predicting(layers, tokens, trunk_states) -> Tensor:

@@ -39,7 +39,14 @@ from starling_lib.checkpoints import (
     machine_defaults,
 )
 from starling_lib.journal import write_atomically
-from starling_lib.models import ValueHead, inference, load_policy, load_tokenizer
+from starling_lib.models import (
+    ValueHead,
+    autocast,
+    format_inside,
+    inference,
+    load_policy,
+    load_tokenizer,
+)
 from starling_lib.policy_rewards import (
     KLCoefficient,
     RewardFunction,
@@ -490,8 +497,6 @@ class APATrainer(WrappedModelTrainer):
     def collect(self, prompts: Dataset, iteration: int) -> dict[str, Tensor]:
         """Sample, score and value one iteration's responses; log what they say."""
         args, device = self.args, self.accelerator.device
-        parameters = inspect.signature(self.sampler).parameters
-        keeps = "keep_after" in parameters  # a server, say, has no states to give
         rollout = self.sampler(
             self.model.policy,
             self.processing_class,
@@ -499,10 +504,11 @@ class APATrainer(WrappedModelTrainer):
             max_new_tokens=args.max_new_tokens,
             batch_size=args.generation_batch_size or args.rollout_batch_size,
             seed=self._seed_of(iteration, 0),
-            **({"keep_after": self._trunk_layers()} if keeps else {}),
+            **({"keep_after": self._trunk_layers()} if self._keeps_states() else {}),
         )
         tokens = {name: getattr(rollout, name).to(device) for name in TOKEN_FIELDS}
-        old, on_trunk = self._forward_in_parts(tokens, rollout.states)
+        sampled = {n: x.to(device) for n, x in (rollout.states or {}).items()}
+        old, on_trunk = self._forward_in_parts(tokens, sampled)
         scores = self.rewards(prompts, rollout, on_trunk)
         experience = self._with_advantages(tokens, old, scores, rollout.finished)
         self._log_rollout(iteration, rollout, scores, experience)
@@ -553,6 +559,14 @@ class APATrainer(WrappedModelTrainer):
             advantages = objectives.masked_whiten(advantages, mask, moments=moments)
         return {**tokens, **old, "advantages": advantages, "returns": returns}
 
+    def _keeps_states(self) -> bool:
+        """Can the sampler give the trunk's states (a server cannot), as training's are?"""
+        device = self.accelerator.device
+        casts = self.accelerator.autocast(), autocast(device)
+        formats = [format_inside(cast, device) for cast in casts]
+        parameters = inspect.signature(self.sampler).parameters
+        return "keep_after" in parameters and formats[0] == formats[1]
+
     def _trunk_layers(self) -> list[int]:
         """After which layers of the frozen trunk its states serve somebody."""
         trunk = self.model.frozen_trunk
@@ -582,13 +596,16 @@ class APATrainer(WrappedModelTrainer):
         self, some: dict[str, Tensor], trunk: Tensor | None
     ) -> dict[str, Tensor]:
         """Policy, critic and reference of a minibatch, without gradients."""
-        out = self.model(**some, trunk_states=trunk, for_logging=True)
+        exact, mask = self.args.exact_kl, some["response_mask"]
+        out = self.model(
+            **some, trunk_states=trunk, for_logging=True, want_logits=exact
+        )
         out["ref_logprobs"] = self.reference.logprobs(some, trunk)
         if trunk is not None:
             out["trunk_states"] = trunk
-        if self.args.exact_kl:
-            both = (m.logits(some, trunk) for m in (self.model, self.reference))
-            out["kl_exact"] = scatter(objectives.kl_exact(*both), some["response_mask"])
+        if exact:
+            both = out.pop("logits"), self.reference.logits(some, trunk)
+            out["kl_exact"] = scatter(objectives.kl_exact(*both), mask)
         return out
 
     def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

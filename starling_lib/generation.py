@@ -9,6 +9,7 @@ Knows: tokens, key-value caches. Does not know: text, rewards.
 """
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -156,10 +157,17 @@ def _until(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
-def keeps_states(policy: PreTrainedModel) -> bool:
+def plain_cache(policy: PreTrainedModel) -> bool:
     """Does the policy's cache hold keys and values of every token in every layer?"""
     layers = DynamicCache(config=policy.config).layers
     return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def keeps_states(policy: PreTrainedModel) -> bool:
+    """Can states be kept in it: do the layers stand and take the cache as in Llama?"""
+    layers = getattr(policy.base_model, "layers", ())
+    takes = [inspect.signature(type(layer).forward).parameters for layer in layers[:1]]
+    return plain_cache(policy) and any("past_key_values" in names for names in takes)
 
 
 @contextlib.contextmanager
@@ -169,7 +177,7 @@ def states_in_cache(policy: PreTrainedModel, after: Sequence[int]) -> Iterator[N
     They stand in layers that the cache has beyond the policy's: what is done to rows of
     keys and values (growing, choosing, padding) is then done to them.
     """
-    layers = policy.base_model.layers
+    layers = policy.base_model.layers if after else ()
 
     def keep(place: int):
         def hook(module, args, kwargs, output) -> None:
@@ -224,7 +232,7 @@ def read_prompts(
     every token (sliding windows). `extra` layers more for `states_in_cache`.
     """
     cache = DynamicCache(config=policy.config)
-    if not keeps_states(policy):
+    if not plain_cache(policy):
         return cache
     cache.layers = [RoomyLayer() for _ in range(len(cache.layers) + extra)]
     width = max(map(len, prompts)) - 1

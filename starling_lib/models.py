@@ -100,6 +100,17 @@ def autocast(
     return torch.autocast(kind, dtype=dtype)
 
 
+def format_inside(
+    cast: contextlib.AbstractContextManager, device: str | torch.device
+) -> torch.dtype | None:
+    """The format in which matrix products are made inside `cast`; None: their inputs'."""
+    kind = torch.device(device).type
+    with cast:
+        return (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        )
+
+
 def default_device() -> torch.device:
     """The first GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

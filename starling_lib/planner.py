@@ -371,7 +371,8 @@ def sampling_memory(
     for DDP's buckets. The cache holds keys (float32 under autocast, because rotation is)
     and values of all rows to their end, or, while prompts are read, those twice. On a CPU
     with low precision a copy of the policy samples. `logits`: of one token a row, in
-    float32 and float64, as they are sampled from.
+    float32 and float64, as they are sampled from. `trunk states`, where a copy does not
+    sample, in the cache, by row and as one tensor.
     """
     state = state_bytes(policy, load, head=True)
     buckets = load.sharding == "none" and load.devices > 1
@@ -381,8 +382,13 @@ def sampling_memory(
     key = load.bytes_parameter if load.autocast else load.bytes_compute
     token = policy.layers * policy.key_value * (key + load.bytes_compute)
     reading = 2 * rows * prompt * token
+    kept = {}
+    if load.layers_of(policy) < policy.layers and not (load.on_cpu and load.autocast):
+        size = load.bytes_parameter if load.autocast else load.bytes_compute
+        kept["trunk states"] = 3 * rows * (prompt + response) * policy.hidden * size
     return {
         **state,
+        **kept,
         **beside_policy(policy, reward, load, separate_critic),
         "key-value cache": max(reading, rows * (prompt + response) * token),
         "logits": rows * policy.vocabulary * (load.bytes_compute + 4 * 4 + 8),

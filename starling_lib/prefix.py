@@ -135,6 +135,10 @@ def attention_mask_for(model: PreTrainedModel, segment_ids: Tensor) -> Tensor:
     )
 
 
+class LayoutLost(ValueError):
+    """A decoder that keeps from its attention what it does not know (Nemotron, StableLM)."""
+
+
 @dataclass(frozen=True)
 class PrefixLayout:
     """Where B prompts and M responses lie among the T real tokens of packed rows.
@@ -206,6 +210,12 @@ def shared_prefix_attention(
     themselves once; all responses attend to their prompt and themselves in one call. Work
     grows with K·N·(P + N) and not with (P + K·N)².
     """
+    packed = attention_mask is not None and attention_mask.shape == (1, 1, 1, 1)
+    if layout is None and packed and key.shape[2] > 1:
+        raise LayoutLost(
+            "this architecture does not tell its attention how rows are packed: load the "
+            "model with attn_implementation='eager'"
+        )
     if layout is None and (attention_mask is None or not _slow_backward(query)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
@@ -268,13 +278,16 @@ def _slow_backward(query: Tensor) -> bool:
 
 
 def use_fast_backward(model: PreTrainedModel) -> None:
-    """Give a model loaded with sdpa this module's attention, which is sdpa elsewhere."""
+    """Give a model loaded with sdpa this module's attention, which is sdpa elsewhere.
+
+    Rows of such a model may be packed (`packs`).
+    """
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(SHARED_PREFIX)
 
 
 def packs(config) -> bool:
-    """Can rows pass without their padding: our attention, in every layer, no window?"""
+    """May rows pass as one: our attention, in every layer, no window?"""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None
     ours = config._attn_implementation == SHARED_PREFIX

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.generation import generate_rows, keeps_states, left_pad
 from starling_lib.models import inference
-from starling_lib.prefix import PADDING, PROMPT, packs, prefix_layout
+from starling_lib.prefix import PADDING, PROMPT, LayoutLost, packs, prefix_layout
 from starling_lib.trunk import tapped
 from starling_lib.vocabulary import ChosenLogprobs, streams
 
@@ -223,6 +223,10 @@ def response_inputs(
     }
 
 
+# Architectures whose attention has turned out not to be told how rows are packed.
+_PADDED_ONLY: set[type] = set()
+
+
 def row_states(
     layers: PreTrainedModel, tokens: dict[str, Tensor], states: Tensor | None = None
 ) -> Tensor:
@@ -231,23 +235,22 @@ def row_states(
     `tokens`: the TOKEN_FIELDS of a rollout. With `states` (N, P+R, H) the layers read
     those, else the tokens. What stands at padding has no meaning.
     """
-    inputs, real = _inputs_of_rows(layers.config, tokens, states)
-    out = layers(**inputs, use_cache=False).last_hidden_state
-    return out if real is None else _padded(out, real)
+    out, real = _forward_rows(layers, tokens, states)
+    hidden = out.last_hidden_state
+    return hidden if real is None else _padded(hidden, real)
 
 
 def layer_states(
     layers: PreTrainedModel, tokens: dict[str, Tensor], after: Sequence[int]
 ) -> dict[int, Tensor]:
     """The same after so many layers, for each of the numbers: one pass for all of them."""
-    inputs, real = _inputs_of_rows(layers.config, tokens, None)
     with tapped(layers, after) as found:
-        layers(**inputs, use_cache=False)
+        _, real = _forward_rows(layers, tokens)
     return {n: x if real is None else _padded(x, real) for n, x in found.items()}
 
 
-def _inputs_of_rows(config, tokens, states) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Arguments of a trunk for (N, P+R) rows; where they are packed also which are real.
+def _forward_rows(layers, tokens, states=None):
+    """A trunk's output for (N, P+R) rows; where they were packed, also which are real.
 
     Where the attention is that of `prefix`, all rows pass as one without their padding,
     which is a third of them where lengths differ as they do in Nectar.
@@ -256,17 +259,25 @@ def _inputs_of_rows(config, tokens, states) -> tuple[dict[str, Tensor], Tensor |
     if states is not None:
         del inputs["input_ids"]
         inputs["inputs_embeds"] = states
-    if not packs(config):
-        return inputs, None
-    real = inputs.pop("attention_mask").bool()
-    segments = torch.where(real, 1, PADDING)
-    width = tokens["prompt_ids"].shape[1]
-    segments[:, :width].masked_fill_(tokens["prompt_mask"], PROMPT)
+    if packs(layers.config) and type(layers) not in _PADDED_ONLY:
+        real = inputs["attention_mask"].bool()
+        try:
+            return layers(**_packed(inputs, tokens, real), use_cache=False), real
+        except LayoutLost:
+            _PADDED_ONLY.add(type(layers))
+    return layers(**inputs, use_cache=False), None
+
+
+def _packed(inputs, tokens, real: Tensor) -> dict[str, Tensor]:
+    """Inputs (N, P+R, …) as one row (1, tokens, …), and the layout for the attention."""
     packed = {name: x[real][None] for name, x in inputs.items()}
     # Four dimensions tell transformers to build no mask; the layout says it all.
     packed["attention_mask"] = real.new_ones(1, 1, 1, 1)
+    segments = torch.where(real, 1, PADDING)
+    width = tokens["prompt_ids"].shape[1]
+    segments[:, :width].masked_fill_(tokens["prompt_mask"], PROMPT)
     packed["layout"] = prefix_layout(segments, real.sum(1, keepdim=True) - 1)
-    return packed, real
+    return packed
 
 
 def _padded(flat: Tensor, real: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ give the normaliser, and the same pass the gradient.
 Knows: hidden states, the weight of an output head. Does not know: text, models, losses.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -15,49 +17,76 @@ from torch.distributed.tensor import DTensor
 WORDS = 2048  # of the vocabulary at a time; logits of 1,000 tokens take 8 MB
 
 
-def normaliser(
-    states: Tensor, weight: Tensor, want_mean: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """(T, H) states s, (V, H) words w → (T,) log Σ_v exp(s · w_v), (T, H) Σ_v π_v w_v.
+@dataclass
+class WordSums:
+    """Running sums over the vocabulary, for T states; all (T, 1) but `words`, (T, H).
 
-    The second is the mean word of each next-token distribution π: attention of the states
-    over the vocabulary. Both in float32, or float64 where the states are.
+    Of float32, or float64 where the states are. Each piece is rescaled to the largest
+    logit so far.
+    """
+
+    top: Tensor  # the largest logit so far
+    total: Tensor  # Σ exp(logit − top)
+    chosen: Tensor  # logit of the chosen word
+    heat: Tensor | None  # Σ exp(logit − top) · logit
+    words: Tensor | None  # Σ exp(logit − top) · word, (T, H)
+
+    @property
+    def log_total(self) -> Tensor:
+        """(T, 1) log Σ exp(logit)."""
+        return self.top + self.total.log()
+
+
+def word_sums(
+    states: Tensor, weight: Tensor, ids: Tensor, heat: bool, words: bool
+) -> WordSums:
+    """Pass the words (V, H) by the states (T, H); `ids` (T) are the chosen ones.
+
+    The chosen logit is taken from the same product as all others, so that in low precision
+    both are rounded alike and a likely word is not made likelier than certain.
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
-    top = states.new_full((len(states), 1), -torch.inf, dtype=dtype)
-    total = torch.zeros_like(top)
-    mean = torch.zeros_like(states, dtype=dtype) if want_mean else None
-    for words in weight.split(WORDS):
-        logits = (states @ words.t()).to(dtype)
-        higher = torch.maximum(top, logits.amax(1, keepdim=True))
-        shrink, top = (top - higher).exp_(), higher
-        masses = logits.sub_(top).exp_()
-        total = total * shrink + masses.sum(1, keepdim=True)
-        if mean is not None:
-            mean = mean.mul_(shrink).add_(masses.to(words.dtype) @ words)
-    log_total = (top + total.log()).squeeze(1)
-    return log_total, None if mean is None else mean / total
+    zeros = states.new_zeros(len(states), 1, dtype=dtype)
+    sums = WordSums(zeros - torch.inf, zeros, zeros, None, None)
+    sums.heat = zeros if heat else None
+    sums.words = torch.zeros_like(states, dtype=dtype) if words else None
+    for first in range(0, len(weight), WORDS):
+        piece = weight[first : first + WORDS]
+        logits = (states @ piece.t()).to(dtype)
+        place = ids[:, None] - first
+        own = logits.gather(1, place.clamp(0, len(piece) - 1))
+        inside = (place >= 0) & (place < len(piece))
+        sums.chosen = torch.where(inside, own, sums.chosen)
+        top = torch.maximum(sums.top, logits.amax(1, keepdim=True))
+        shrink, sums.top = (sums.top - top).exp(), top
+        masses = (logits - top).exp_()
+        sums.total = sums.total * shrink + masses.sum(1, keepdim=True)
+        if heat:
+            sums.heat = sums.heat * shrink + logits.mul_(masses).sum(1, keepdim=True)
+        if words:
+            sums.words.mul_(shrink).add_(masses.to(piece.dtype) @ piece)
+    return sums
 
 
 class ChosenLogprobs(torch.autograd.Function):
     """log π(id) of each state, and its entropy; the gradient goes to the states alone.
 
-    ∂ log π(id)/∂ state = weight_id − Σ_v π_v weight_v needs nothing from what follows, so
-    that it is made in the forward pass and no logit is kept or computed twice.
+    ∂ log π(id)/∂ state = word_id − Σ_v π_v word_v needs nothing from what follows, so that
+    it is made in the forward pass and no logit is kept or computed twice. The second term
+    is attention of the states over the vocabulary.
     """
 
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, ids: Tensor, entropy: bool):
-        wanted = entropy or ctx.needs_input_grad[0]
-        log_total, mean = normaliser(states, weight, wanted)
-        words = weight[ids].to(log_total.dtype)
-        wide = states.to(log_total.dtype)
-        logprobs = (wide * words).sum(1) - log_total
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((words - mean).to(states.dtype))
+        learns = ctx.needs_input_grad[0]
+        sums = word_sums(states, weight, ids, entropy, learns)
+        if learns:
+            slope = weight[ids].to(sums.total.dtype) - sums.words / sums.total
+            ctx.save_for_backward(slope.to(states.dtype))
+        logprobs = (sums.chosen - sums.log_total).squeeze(1)
         if not entropy:
             return logprobs, None
-        spread = log_total - (wide * mean).sum(1)  # the mean logit is state · mean word
+        spread = (sums.log_total - sums.heat / sums.total).squeeze(1)
         ctx.mark_non_differentiable(spread)
         return logprobs, spread
 
@@ -68,11 +97,19 @@ class ChosenLogprobs(torch.autograd.Function):
 
 
 def streams(head: nn.Module, config) -> bool:
-    """Can the head's words pass in pieces: a plain, frozen, whole matrix without a cap?"""
-    if type(head) is not nn.Linear or head.bias is not None:
+    """Can the head's words pass in pieces: a plain, frozen, whole matrix without a cap?
+
+    Not one that somebody moves or gathers when the head is called (accelerate's hooks,
+    DeepSpeed's ZeRO-3, FSDP).
+    """
+    if (
+        type(head) is not nn.Linear
+        or head.bias is not None
+        or hasattr(head, "_hf_hook")
+    ):
         return False
     weight = head.weight
+    sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
     whole = weight.shape == (head.out_features, head.in_features)
-    sharded = isinstance(weight, DTensor) or not whole
     capped = getattr(config, "final_logit_softcapping", None) is not None
-    return not (weight.requires_grad or sharded or capped)
+    return whole and not (weight.requires_grad or sharded or capped)

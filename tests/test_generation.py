@@ -5,6 +5,7 @@ import torch
 from conftest import mistral
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 from transformers.cache_utils import DynamicLayer
 
 from starling_lib import generation
@@ -214,6 +215,22 @@ def test_keeping_states_changes_no_response_and_leaves_nothing_behind(lively):
     assert not any(layer._forward_hooks for layer in lively.base_model.layers)
 
 
-def test_a_cache_of_windows_keeps_no_states(lively):
+def test_only_layers_like_those_of_llama_keep_states(lively):
     assert keeps_states(lively)
     assert not keeps_states(mistral(sliding_window=16))
+    small = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    neox = GPTNeoXConfig(**small, intermediate_size=16, vocab_size=50)
+    assert not keeps_states(AutoModelForCausalLM.from_config(neox))  # other arguments
+    gpt2 = GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=50, n_positions=64)
+    assert not keeps_states(AutoModelForCausalLM.from_config(gpt2))  # other names
+
+
+def test_a_model_without_layers_of_that_name_is_sampled():
+    config = GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=259, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        rows, kept = generate_rows(model, [[5, 6], [7]], EOS, PAD, 4, 0.0)
+        alone = [
+            generate_rows(model, [p], EOS, PAD, 4, 0.0)[0][0] for p in ([5, 6], [7])
+        ]
+    assert rows == alone and kept == [{}, {}]

@@ -265,6 +265,9 @@ def test_the_cache_grows_with_rows_tokens_and_key_heads():
     memory = sampling_memory(SMALL, SMALL, load, rows=8, prompt=10, response=30)
     assert memory["key-value cache"] == 8 * 40 * 30 * 2 * 192 * 4
     assert memory["gradients"] == 0 and "activations" not in memory
+    assert memory["trunk states"] == 3 * 8 * 40 * 576 * 4
+    whole = dataclasses.replace(load, trained_layers=None)
+    assert "trunk states" not in sampling_memory(SMALL, SMALL, whole, 8, 10, 30)
     reading = sampling_memory(SMALL, SMALL, load, rows=8, prompt=50, response=1)
     assert reading["key-value cache"] == 2 * 8 * 50 * 30 * 2 * 192 * 4
 

@@ -13,6 +13,8 @@ from transformers import (
     GenerationConfig,
     GraniteConfig,
     LlamaConfig,
+    NemotronConfig,
+    StableLmConfig,
 )
 
 from starling_lib import generation, rollouts
@@ -418,6 +420,29 @@ def test_upper_layers_read_states_and_pass_gradients_to_them(trunk, policy):
     found[mask].square().sum().backward()
     assert states.grad[mask].abs().sum(-1).min() > 0
     assert (states.grad[~mask] == 0).all() or not packs(trunk.config)
+
+
+@pytest.mark.parametrize("kind", [NemotronConfig, StableLmConfig])
+def test_architectures_that_drop_the_layout_keep_their_padding(kind):
+    """Packed without it, every row would read all others, and later tokens."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 50}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = kind(**small, **heads, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    use_fast_backward(model)
+    tokens = known_tokens()
+    mask = response_inputs(**tokens)["attention_mask"].bool()
+    with torch.no_grad():
+        found = row_states(model.base_model, tokens)
+        again = layer_states(model.base_model, tokens, [1])
+        for row, real in enumerate(mask):
+            ids = response_inputs(**tokens)["input_ids"][row][real][None]
+            alone = model.base_model(ids, output_hidden_states=True)
+            assert torch.allclose(
+                found[row][real], alone.last_hidden_state[0], atol=1e-5
+            )
+            below = alone.hidden_states[1][0]
+            assert torch.allclose(again[1][row][real], below, atol=1e-5)
 
 
 @pytest.mark.parametrize(

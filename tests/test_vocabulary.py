@@ -14,7 +14,7 @@ from starling_lib.rollouts import (
     token_logprobs,
     word_logprobs,
 )
-from starling_lib.vocabulary import ChosenLogprobs, normaliser, streams
+from starling_lib.vocabulary import ChosenLogprobs, streams, word_sums
 
 TOKENS, HIDDEN, WORDS = 7, 5, 23
 
@@ -57,14 +57,32 @@ def test_the_gradient_is_that_of_finite_differences(piece):
     )
 
 
-def test_the_mean_word_is_a_sum_over_the_distribution(piece):
-    states, weight, _ = problem()
+def test_sums_over_the_vocabulary(piece):
+    states, weight, ids = problem()
     with torch.no_grad():
-        log_total, mean = normaliser(states, weight)
+        sums = word_sums(states, weight, ids, heat=True, words=True)
         logits = states @ weight.t()
-        assert torch.allclose(log_total, logits.logsumexp(1))
-        assert torch.allclose(mean, logits.softmax(1) @ weight)
-        assert normaliser(states, weight, want_mean=False)[1] is None
+        assert torch.allclose(sums.log_total[:, 0], logits.logsumexp(1))
+        assert torch.allclose(sums.chosen, logits.gather(1, ids[:, None]))
+        assert torch.allclose(sums.words / sums.total, logits.softmax(1) @ weight)
+        mean = (logits.softmax(1) * logits).sum(1, keepdim=True)
+        assert torch.allclose(sums.heat / sums.total, mean)
+        less = word_sums(states, weight, ids, heat=False, words=False)
+        assert less.heat is None and less.words is None
+
+
+def test_likely_words_are_as_exact_as_from_the_table_in_low_precision(piece):
+    """Logits near 30 have steps of 0.125 in bf16: chosen and sum must be rounded alike."""
+    states, weight, ids = (x.detach() for x in problem())
+    states, weight = 20 * weight[ids].float(), weight.float()
+    exact = (states @ weight.t()).double().log_softmax(-1)
+    likely = exact.gather(1, ids[:, None]).squeeze(1) > -1e-3
+    assert likely.sum() > 3
+    with torch.autocast("cpu", torch.bfloat16):
+        found, entropy = ChosenLogprobs.apply(states, weight, ids, True)
+    assert (states @ weight.t()).max() > 30 and found.dtype == torch.float32
+    assert found[likely].abs().max() < 2e-3 and (found <= 0).all()
+    assert (entropy[likely] >= -1e-3).all() and entropy[likely].max() < 0.02
 
 
 def test_half_precision_states_get_float32_logprobs_and_their_own_gradients(piece):
@@ -124,3 +142,7 @@ def test_weights_that_are_elsewhere_are_left_to_the_head():
         gone = copy.deepcopy(head)
         gone.weight.data = shard
         assert not streams(gone, LlamaConfig())
+    gathering, moved = copy.deepcopy(head), copy.deepcopy(head)
+    gathering.weight.ds_id = 0  # DeepSpeed's: of full shape before it is all there
+    moved._hf_hook = object()  # accelerate's: weights come with the call
+    assert not streams(gathering, LlamaConfig()) and not streams(moved, LlamaConfig())
