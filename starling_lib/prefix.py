@@ -136,7 +136,7 @@ def attention_mask_for(model: PreTrainedModel, segment_ids: Tensor) -> Tensor:
 
 
 class LayoutLost(ValueError):
-    """A decoder that keeps from its attention what it does not know (Nemotron, StableLM)."""
+    """A decoder keeps from its attention what it does not know (Nemotron, StableLM)."""
 
 
 @dataclass(frozen=True)
