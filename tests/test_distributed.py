@@ -202,6 +202,8 @@ def test_apa_by_fsdp2_is_apa_in_one_process(one_apa, tmp_path):
     out = tmp_path / "two"
     finished_weights(out, *options, "--sharded", processes=2)
     assert_same_training(folder, out)
+    exact = [row["kl_exact"] for row in facts(out)["log"] if "kl_exact" in row]
+    assert exact[0] == pytest.approx(0, abs=1e-5) and exact[-1] > 1e-4
     gradient = load_file(out / "gradient.safetensors")
     heads = {name: g for name, g in gradient.items() if name.startswith("value_head.")}
     assert len(heads) == 4 and heads["value_head.outer.weight"].abs().max() > 0.1

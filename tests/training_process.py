@@ -242,6 +242,7 @@ def apa_run(options, death: Death) -> APATrainer:
         save_only_model=options.save_only_model,
         activation_checkpointing=options.recompute,
         max_grad_norm=options.clip,
+        exact_kl=options.recorded,
         disable_tqdm=True,
         **as_recorded,
     )
