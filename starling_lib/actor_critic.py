@@ -19,8 +19,8 @@ from starling_lib.rollouts import (
     next_token_logits,
     predicting_states,
     response_inputs,
-    row_states,
     scatter,
+    states_before,
     token_entropy,
     token_logprobs,
     word_logprobs,
@@ -127,7 +127,7 @@ class ActorCritic(nn.Module):
         }
         if trunk_states is None:
             trunk_states = self.trunk_states(**tokens)
-        states = self._predicting(self._top, tokens, trunk_states)
+        states = states_before(self._top, tokens, trunk_states)
         head, ids = self.policy.get_output_embeddings(), response_ids[response_mask]
         logits = next_token_logits(head, self.config, states) if want_logits else None
         logprobs, entropy = (
@@ -136,17 +136,11 @@ class ActorCritic(nn.Module):
             else (token_logprobs(logits, ids), token_entropy(logits))
         )
         if self.value_trunk is not None:
-            states = self._predicting(self.value_trunk, tokens, trunk_states)
+            states = states_before(self.value_trunk, tokens, trunk_states)
         out = {"logprobs": logprobs, "values": self.value_head(states)}
         out |= {"entropy": entropy} if for_logging else {}
         out = {name: scatter(x, response_mask) for name, x in out.items()}
         return {**out, "logits": logits} if want_logits else out
-
-    @staticmethod
-    def _predicting(layers, tokens, trunk_states) -> Tensor:
-        """(tokens, H) last hidden states before each response token."""
-        states = row_states(layers, tokens, trunk_states)
-        return predicting_states(states, tokens["response_mask"])
 
 
 class Reference:
@@ -164,7 +158,7 @@ class Reference:
     @torch.no_grad()
     def logits(self, tokens: dict[str, Tensor], trunk_states: Tensor | None) -> Tensor:
         """(tokens, V) logits from which the initial policy draws each response token."""
-        states = self._states(tokens, trunk_states)
+        states = states_before(self.top, tokens, trunk_states)
         return next_token_logits(self.head, self.top.config, states)
 
     @torch.no_grad()
@@ -173,13 +167,10 @@ class Reference:
     ) -> Tensor:
         """(N, R) log-probabilities of the response tokens under the initial policy."""
         mask = tokens["response_mask"]
-        states, ids = self._states(tokens, trunk_states), tokens["response_ids"][mask]
+        states = states_before(self.top, tokens, trunk_states)
+        ids = tokens["response_ids"][mask]
         chosen, _ = word_logprobs(self.head, self.top.config, states, ids)
         return scatter(chosen, mask)
-
-    def _states(self, tokens, trunk_states) -> Tensor:
-        states = row_states(self.top, tokens, trunk_states)
-        return predicting_states(states, tokens["response_mask"])
 
 
 class ShardedReference(Reference):

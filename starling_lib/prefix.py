@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from starling_lib.models import reward_head
 from starling_lib.trunk import TrunkCache, freeze_below, split_trunk, try_split_trunk
@@ -29,6 +30,7 @@ __all__ = [
     "TrunkCache",
     "attend",
     "attention_mask_for",
+    "forward_packed",
     "freeze_below",
     "longest_span",
     "pack_ranking",
@@ -294,6 +296,19 @@ def packs(config) -> bool:
     return ours and kinds == {"full_attention"} and not windowed
 
 
+def forward_packed(
+    trunk: PreTrainedModel, flat: dict[str, Tensor], segment_ids: Tensor, ends: Tensor
+) -> tuple[BaseModelOutputWithPast, PrefixLayout]:
+    """A trunk's output for the real tokens of packed rows, and how they lie.
+
+    `flat`: its inputs (1, T, …) for the T tokens that are not padding, row after row;
+    `segment_ids` (B, width) and `ends` (B, K) as `prefix_layout` takes them.
+    """
+    layout = prefix_layout(segment_ids, ends)
+    mask = attention_mask_for(trunk, segment_ids)
+    return trunk(**flat, attention_mask=mask, layout=layout, use_cache=False), layout
+
+
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
 
@@ -356,18 +371,11 @@ class RankingScorer(nn.Module):
 
     def _flat(self, trunk, start, position_ids, segment_ids, ends):
         """(real tokens, H) last hidden states, and where the M responses end in them."""
-        mask = attention_mask_for(trunk, segment_ids)
         real = segment_ids != PADDING
         if "input_ids" in start:
             start = {"input_ids": start["input_ids"][real][None]}
-        layout = prefix_layout(segment_ids, ends)
-        out = trunk(
-            **start,
-            attention_mask=mask,
-            position_ids=position_ids[real][None],
-            use_cache=False,
-            layout=layout,
-        )
+        flat = {**start, "position_ids": position_ids[real][None]}
+        out, layout = forward_packed(trunk, flat, segment_ids, ends)
         return out.last_hidden_state[0], layout.ends
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.generation import generate_rows, keeps_states, left_pad
 from starling_lib.models import inference
-from starling_lib.prefix import PADDING, PROMPT, LayoutLost, packs, prefix_layout
+from starling_lib.prefix import PADDING, PROMPT, LayoutLost, forward_packed, packs
 from starling_lib.trunk import tapped
 from starling_lib.vocabulary import ChosenLogprobs, streams
 
@@ -261,29 +261,31 @@ def _forward_rows(layers, tokens, states=None):
         inputs["inputs_embeds"] = states
     if packs(layers.config) and type(layers) not in _PADDED_ONLY:
         real = inputs["attention_mask"].bool()
+        flat = {n: x[real][None] for n, x in inputs.items() if n != "attention_mask"}
+        segments = torch.where(real, 1, PADDING)
+        width = tokens["prompt_ids"].shape[1]
+        segments[:, :width].masked_fill_(tokens["prompt_mask"], PROMPT)
+        ends = real.sum(1, keepdim=True) - 1  # of the one response a row
         try:
-            return layers(**_packed(inputs, tokens, real), use_cache=False), real
+            return forward_packed(layers, flat, segments, ends)[0], real
         except LayoutLost:
             _PADDED_ONLY.add(type(layers))
     return layers(**inputs, use_cache=False), None
-
-
-def _packed(inputs, tokens, real: Tensor) -> dict[str, Tensor]:
-    """Inputs (N, P+R, …) as one row (1, tokens, …), and the layout for the attention."""
-    packed = {name: x[real][None] for name, x in inputs.items()}
-    # Four dimensions tell transformers to build no mask; the layout says it all.
-    packed["attention_mask"] = real.new_ones(1, 1, 1, 1)
-    segments = torch.where(real, 1, PADDING)
-    width = tokens["prompt_ids"].shape[1]
-    segments[:, :width].masked_fill_(tokens["prompt_mask"], PROMPT)
-    packed["layout"] = prefix_layout(segments, real.sum(1, keepdim=True) - 1)
-    return packed
 
 
 def _padded(flat: Tensor, real: Tensor) -> Tensor:
     """(1, tokens, H) → (N, P+R, H) with zeros where nothing is real; keeps gradients."""
     wide = flat.new_zeros(*real.shape, flat.shape[-1])
     return wide.index_put((real,), flat[0])
+
+
+def states_before(
+    layers: PreTrainedModel, tokens: dict[str, Tensor], states: Tensor | None = None
+) -> Tensor:
+    """(tokens, H) last hidden states before each response token: `row_states`' of those."""
+    return predicting_states(
+        row_states(layers, tokens, states), tokens["response_mask"]
+    )
 
 
 def predicting_states(hidden: Tensor, response_mask: Tensor) -> Tensor:
@@ -301,10 +303,13 @@ def next_token_logits(head: nn.Module, config, states: Tensor) -> Tensor:
 
     Some architectures scale or cap what the head gives (Cohere, Granite, Gemma 2).
     """
-    logits = head(states) * getattr(config, "logit_scale", 1.0)
-    logits = logits / getattr(config, "logits_scaling", 1.0)
+    logits = head(states) * _logit_scale(config)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _logit_scale(config) -> float:
+    return getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
 
 def word_logprobs(
@@ -315,9 +320,8 @@ def word_logprobs(
     Through `vocabulary` where the head is frozen, else from the table of all logits.
     """
     if streams(head, config):
-        scale = getattr(config, "logit_scale", 1.0)
-        scale = scale / getattr(config, "logits_scaling", 1.0)
-        return ChosenLogprobs.apply(states * scale, head.weight, ids, entropy)
+        states = states * _logit_scale(config)
+        return ChosenLogprobs.apply(states, head.weight, ids, entropy)
     logits = next_token_logits(head, config, states)
     return token_logprobs(logits, ids), token_entropy(logits) if entropy else None
 
@@ -359,6 +363,6 @@ def sequence_logprobs(
 def _batch_logprobs(policy: PreTrainedModel, part: Rollout) -> Tensor:
     tensors = {name: getattr(part, name).to(policy.device) for name in TOKEN_FIELDS}
     mask, head = tensors["response_mask"], policy.get_output_embeddings()
-    states = predicting_states(row_states(policy.base_model, tensors), mask)
+    states = states_before(policy.base_model, tensors)
     chosen = word_logprobs(head, policy.config, states, tensors["response_ids"][mask])
     return scatter(chosen[0], mask)

@@ -5,11 +5,11 @@
 An iteration samples 64 responses of up to 64 tokens, scores them with the same reward
 model and makes the same number of updates on them, with a KL term, the same precision and
 no gradient checkpointing. Both see every prompt twice, as RLOO's baseline needs it. Beside
-it sampling alone, ours and plain `generate`, and for its
-memory one update of a whole policy, nothing else held. Every measurement is a process of
-its own; the variants take turns, and another call goes on where this one stopped. Prints
-a table and writes `data/studies/speed_rollout.json`; memory is the peak over what the
-imports alone take. `--profile` prints instead where the seconds of our iteration go.
+it sampling alone, ours and plain `generate`, and for its memory one update of a whole
+policy, nothing else held. Every measurement is a process of its own; the variants take
+turns, and another call goes on where this one stopped. Prints a table and writes
+`data/studies/speed_rollout.json`; memory is the peak over what the imports alone take.
+`--profile` prints instead where the seconds of our iteration go.
 """
 
 import argparse
@@ -171,7 +171,7 @@ def rloo_iteration(layers: int | None, responses: int, folder: Path) -> float:
 def profile(responses: int) -> str:
     """Seconds of each part of our second iteration, as a Markdown table.
 
-    Parts hold each other: those of a later row are inside one before it.
+    The parts marked "…" lie inside the others and are not counted beside them.
     """
     from functools import wraps
 
