@@ -12,6 +12,7 @@ A run leaves in `runs/<timestamp>/`: the executed notebooks, HTML copies of them
 
 import argparse
 import ast
+import asyncio
 import json
 import os
 import platform
@@ -174,11 +175,20 @@ class OwnKernelManager(AsyncKernelManager):
 
 
 class InterruptibleClient(NotebookClient):
-    """nbclient stops the kernel at Ctrl-C and again on leaving, where it then fails."""
+    """Stops the kernel once, however it comes to that.
+
+    At Ctrl-C nbclient stops the kernel, and again on leaving or when the kernel that
+    was starting is found dead, where it then fails over what is no longer there.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._stopping = asyncio.Lock()
 
     async def _async_cleanup_kernel(self) -> None:
-        if self.km is not None:
-            await super()._async_cleanup_kernel()
+        async with self._stopping:
+            if self.km is not None:
+                await super()._async_cleanup_kernel()
 
 
 def available_cores() -> int:
@@ -241,7 +251,10 @@ def execute(
         extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         on_cell_execute=lambda cell, cell_index: on_cell(next(started)),
     )
-    client.execute(env=dict(environment or kernel_environment()))
+    try:
+        client.execute(env=dict(environment or kernel_environment()))
+    except asyncio.CancelledError:  # what waited for a starting kernel that was stopped
+        raise RuntimeError("Kernel died") from None
 
 
 def code_cells(nb: NotebookNode) -> list[NotebookNode]:

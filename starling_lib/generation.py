@@ -2,13 +2,14 @@
 
 `generate` does the steps. Around it, four things that it does not do: prompts are read
 in groups of like length, so that short ones are not padded to the longest; equal prompts
-are read once; rows that have ended leave the batch; hidden states that training wants are
-kept as they pass.
+are read once, and so is what all begin with (the chat template's system message); rows
+that have ended leave the batch; hidden states that training wants are kept as they pass.
 
 Knows: tokens, key-value caches. Does not know: text, rewards.
 """
 
 import contextlib
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
@@ -239,10 +240,12 @@ def read_prompts(
     heads = sorted({tuple(row[:-1]) for row in prompts}, key=len)
     if width == 0 or len(heads[0]) == 0:
         return cache
-    parts = [
-        _read_group(policy, group, pad_id, width, extra)
-        for group in like_lengths(heads)
-    ]
+    common = common_beginning(heads)
+    begun = _empty_cache(policy, extra)
+    if common:
+        _read(policy, [common], pad_id, begun)
+    rests = like_lengths([head[len(common) :] for head in heads])
+    parts = [_read_group(policy, group, pad_id, begun, width) for group in rests]
     place = {head: i for i, head in enumerate(heads)}
     rows = torch.tensor([place[tuple(row[:-1])] for row in prompts]).to(policy.device)
     for layer in range(len(parts[0].layers)):
@@ -264,22 +267,50 @@ def like_lengths(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]
             start = end
 
 
-def _read_group(policy, rows, pad_id: int, width: int, extra: int) -> DynamicCache:
-    """One forward of the trunk; its cache, padded on the left to `width`."""
-    ids, mask = (x.to(policy.device) for x in left_pad(rows, pad_id))
+def common_beginning(rows: Sequence[Sequence[int]]) -> Sequence[int]:
+    """What several rows begin with, at least one token of each left behind it."""
+    if len(rows) == 1:
+        return rows[0][:0]
+    first, last = min(rows), max(rows)  # in the order of words in a dictionary
+    end = min(map(len, rows)) - 1
+    same = (i for i in range(end) if first[i] != last[i])
+    return first[: next(same, end)]
+
+
+def _empty_cache(policy: PreTrainedModel, extra: int) -> DynamicCache:
     cache = DynamicCache(config=policy.config)
     cache.layers += [DynamicLayer() for _ in range(extra)]
+    return cache
+
+
+def _read(policy, rows, pad_id: int, cache: DynamicCache) -> Tensor:
+    """One forward of the trunk, behind what the cache holds. (N,) pads before the rows."""
+    ids, mask = (x.to(policy.device) for x in left_pad(rows, pad_id))
+    before = cache.get_seq_length()
+    whole = F.pad(mask, (before, 0), value=True)
     policy.base_model(
         input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        attention_mask=whole.long(),
+        position_ids=(whole.cumsum(1)[:, before:] - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
     )
+    return (~mask).sum(1)
+
+
+def _read_group(policy, rows, pad_id: int, begun: DynamicCache, width: int):
+    """The cache of rows that go on from `begun` (one row), left-padded to `width`."""
+    cache, before = copy.deepcopy(begun), begun.get_seq_length()
+    cache.batch_repeat_interleave(len(rows))
+    pads = _read(policy, rows, pad_id, cache)
+    # The pads stand between beginning and rest, and belong before both.
+    places = torch.arange(cache.get_seq_length(), device=pads.device)
+    source = places - pads[:, None]
+    source = torch.where(source < before, source.clamp(min=0), places)[:, None, :, None]
     for layer in cache.layers:
-        missing = (0, 0, width - ids.shape[1], 0)
         layer.keys, layer.values = (
-            F.pad(x, missing) for x in (layer.keys, layer.values)
+            F.pad(x.gather(2, source.expand_as(x)), (0, 0, width - x.shape[2], 0))
+            for x in (layer.keys, layer.values)
         )
     return cache
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from starling_lib import generation
 from starling_lib.generation import (
     RoomyLayer,
+    common_beginning,
     generate_rows,
     keeps_states,
     left_pad,
@@ -56,8 +57,9 @@ def test_rows_are_those_of_each_prompt_alone(lively, window):
     assert len(set(map(tuple, together))) == len(LENGTHS)
 
 
-def test_the_prompts_cache_is_that_of_one_padded_forward(policy):
-    rows = [*prompts(), prompts()[2]]  # one of them twice
+@pytest.mark.parametrize("begin", [[], [5], [5, 6, 7, 8]], ids=len)
+def test_the_prompts_cache_is_that_of_one_padded_forward(policy, begin):
+    rows = [begin + row for row in [*prompts(), prompts()[2]]]  # one of them twice
     ids, mask = left_pad([row[:-1] for row in rows], PAD)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -88,7 +90,9 @@ def test_a_roomy_layer_holds_what_a_dynamic_one_holds():
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
-def test_each_prompt_is_read_once_with_others_of_its_length(policy, monkeypatch):
+@pytest.fixture
+def shapes(policy, monkeypatch):
+    """Of what the policy's layers read."""
     shapes = []
     forward = policy.base_model.forward
     monkeypatch.setattr(
@@ -96,9 +100,41 @@ def test_each_prompt_is_read_once_with_others_of_its_length(policy, monkeypatch)
         "forward",
         lambda *a, **k: shapes.append(tuple(k["input_ids"].shape)) or forward(*a, **k),
     )
+    return shapes
+
+
+def test_each_prompt_is_read_once_with_others_of_its_length(policy, shapes):
     with torch.no_grad():
         read_prompts(policy, prompts() * 3, PAD)
     assert shapes == [(1, 2), (1, 3), (1, 8), (3, 30)]
+
+
+def test_what_all_prompts_begin_with_is_read_once(policy, shapes):
+    system = [5, 6, 7, 8]
+    with torch.no_grad():
+        read_prompts(policy, [system + row for row in prompts()] * 3, PAD)
+    assert shapes == [(1, 4), (1, 2), (1, 3), (1, 8), (3, 30)]
+
+
+def test_one_prompt_is_read_in_one_go(policy, shapes):
+    with torch.no_grad():
+        read_prompts(policy, [prompts()[2]] * 3, PAD)
+    assert shapes == [(1, 8)]
+
+
+def test_the_common_beginning_by_hand():
+    assert common_beginning([[1, 2, 3], [1, 2, 4, 5]]) == [1, 2]
+    assert common_beginning([[1, 2], [1, 2, 4, 5], [1, 2, 4]]) == [1]  # one is left
+    assert common_beginning([[1], [2, 3]]) == []
+    assert common_beginning([[1, 2, 3]]) == []  # alone: read it in one go
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1), min_size=2))
+def test_the_common_beginning_is_the_longest_that_leaves_something(rows):
+    begin = common_beginning(rows)
+    assert all(row[: len(begin)] == begin and len(row) > len(begin) for row in rows)
+    longer = {tuple(row[: len(begin) + 1]) for row in rows}
+    assert len(longer) > 1 or min(map(len, rows)) == len(begin) + 1
 
 
 def test_ended_rows_leave_the_batch(lively, monkeypatch):

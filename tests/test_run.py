@@ -429,3 +429,37 @@ def test_a_stopped_run_reports_and_leaves_no_kernel(tmp_path, stop):
     assert entry["status"] == "failed"
     assert entry["figures"] == {"preset": "small", "twice_steps": 6}
     assert not psutil.pid_exists(int(marks[0].read_text()))
+
+
+@pytest.mark.slow
+def test_a_run_stopped_while_its_kernel_starts_says_so(tmp_path):
+    write(tmp_path, "01_a", FIGURES)
+    mark = tmp_path / "started"
+    # Imported by every Python that starts; kernels stop here before they answer.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "if 'ipykernel_launcher' in sys.orig_argv:\n"
+        f"    open({str(mark)!r}, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, run.__file__, "--notebooks", str(tmp_path)]
+    command += ["--out", str(tmp_path / "runs"), "--only", "01"]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(tmp_path)),
+    )
+    deadline = time.monotonic() + 120
+    while not (mark.exists() and mark.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "(the kernel did not start)" in error
+    assert "Kernel died (interrupted, or out of memory?)" in error
+    assert "nbclient" not in error
+    assert not psutil.pid_exists(int(mark.read_text()))

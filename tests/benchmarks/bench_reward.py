@@ -5,7 +5,7 @@
 Every measurement is a process of its own; the variants take turns, so that a slow minute
 of the machine hits all of them. Prints a table and writes
 `data/studies/speed_reward_DATA.json` after every measurement; stopped, the same call goes
-on.
+on. `--learn N` adds the held-out accuracy after N prompts, one a step in all of them.
 """
 
 import argparse
@@ -39,6 +39,8 @@ VARIANTS = {
     "top-4-first": ("last 4 layers, cached trunk, first epoch", 4, 4),
     "top-4-later": ("last 4 layers, cached trunk, later epochs", 4, 4),
 }
+# Those that differ in what they learn; the rest only compute it in another way.
+LEARNERS = ("trl-21", "trl-6", "padded", "shared-1", "top-8", "top-4")
 
 
 # --- one measurement, in a process of its own
@@ -217,13 +219,15 @@ def measure(variant: str, data: str, prompts: int) -> dict[str, float]:
 
 
 def learn(variant: str, data: str, prompts: int) -> dict[str, float]:
-    """Held-out pair accuracy after one pass over `prompts` prompts."""
-    from starling_lib.metrics import reward_metrics
+    """Held-out pair accuracy after one pass over `prompts` prompts, one a step."""
+    from starling_lib.metrics import metric_intervals
     from starling_lib.scoring import score_responses
 
-    make = trl_trainer if variant.startswith("trl") else our_trainer
+    ours = not variant.startswith("trl")
+    changes = {"per_device_train_batch_size": 1} if ours else {}
+    make = our_trainer if ours else trl_trainer
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make(variant, data, prompts, folder, num_train_epochs=1)
+        trainer = make(variant, data, prompts, folder, num_train_epochs=1, **changes)
         trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model)
     test = rankings(data, "test", 37)
@@ -234,7 +238,10 @@ def learn(variant: str, data: str, prompts: int) -> dict[str, float]:
     ]
     model = getattr(model, "reward_model", model)
     scores = score_responses(model, trainer.processing_class, *zip(*flat, strict=True))
-    return {"accuracy": reward_metrics(scores.view(len(test), -1))["accuracy"]}
+    found = metric_intervals(scores.view(len(test), -1)).loc["accuracy"]
+    named = {"accuracy": found["estimate"], "low": found["low"], "high": found["high"]}
+    named = {name: float(value) for name, value in named.items()}
+    return named | {"learned_from": prompts, "steps": trainer.state.global_step}
 
 
 # --- all of them, in turns
@@ -251,7 +258,7 @@ def run(variant: str, options, kind: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(runs: dict[str, list[dict]], accuracy: dict[str, dict]) -> list[dict]:
+def summary(runs: dict[str, list[dict]], learned: dict[str, dict]) -> list[dict]:
     """Medians a variant, and speed as a multiple of TRL on 21 pairs."""
     rows = []
     for variant, measured in runs.items():
@@ -264,7 +271,7 @@ def summary(runs: dict[str, list[dict]], accuracy: dict[str, dict]) -> list[dict
         rows.append(
             row
             | {"share_of_peak": statistics.median(shares)}
-            | accuracy.get(variant, {})
+            | learned.get(variant, {})
         )
     base = next((r for r in rows if r["variant"] == "trl-21"), rows[0])
     for row in rows:
@@ -285,7 +292,9 @@ def table(rows: list[dict]) -> str:
     ]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        accuracy = f"{row['accuracy']:.3f}" if "accuracy" in row else "–"
+        accuracy = "–"
+        if "accuracy" in row:
+            accuracy = f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         lines.append(
             [
                 row["what"],
@@ -325,10 +334,10 @@ def main() -> None:
         return
     if options.data == "nectar_sample" and not SHARED.is_dir():
         raise SystemExit("the Nectar sample is not beside this checkout")
-    runs = {variant: [] for variant in options.only} | measured(options)
+    runs, learned = measured(options)
     for repeat in range(options.repeats):
         for variant in options.only:
-            if len(runs[variant]) > repeat:
+            if len(runs.setdefault(variant, [])) > repeat:
                 continue
             runs[variant].append(run(variant, options, "speed"))
             speed = runs[variant][-1]["prompts_per_second"]
@@ -336,37 +345,40 @@ def main() -> None:
                 f"{repeat + 1}/{options.repeats} {variant}: {speed:.3f} prompts/s",
                 flush=True,
             )
-            write(options, runs, {})
-    accuracy = {
-        v: run(v, options, "learn")
-        for v in options.only
-        if options.learn and not v.endswith("later")
-    }
-    path, rows = write(options, runs, accuracy)
+            write(options, runs, learned)
+    for variant in (v for v in options.only if options.learn and v in LEARNERS):
+        if variant not in learned:
+            learned[variant] = run(variant, options, "learn")
+            print(f"{variant} learned: {learned[variant]['accuracy']:.3f}", flush=True)
+            write(options, runs, learned)
+    path, rows = write(options, runs, learned)
     print(f"\n{table(rows)}\n\n{path}")
 
 
-def measured(options) -> dict[str, list[dict]]:
+def measured(options) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     """What an earlier call measured on this machine with as many prompts."""
     path = RESULTS / f"speed_reward_{options.data}.json"
     if options.fresh or not path.exists():
-        return {}
+        return {}, {}
     before = json.loads(path.read_text())
     same = (before["machine"], before["prompts"]) == (machine(), options.prompts)
-    return before["runs"] if same else {}
+    runs, learned = before["runs"] if same else {}, before.get("learned", {})
+    asked = options.learn or None
+    kept = {v: r for v, r in learned.items() if asked in (None, r["learned_from"])}
+    return runs, kept
 
 
-def write(options, runs: dict[str, list[dict]], accuracy: dict) -> tuple[Path, list]:
+def write(options, runs: dict[str, list[dict]], learned: dict) -> tuple[Path, list]:
     """Keep what was measured so far."""
-    rows = summary({v: each for v, each in runs.items() if each}, accuracy)
+    rows = summary({v: each for v, each in runs.items() if each}, learned)
     result = {
         "date": date.today().isoformat(),
         "command": " ".join(["python tests/benchmarks/bench_reward.py", *sys.argv[1:]]),
         "machine": machine(),
         "prompts": options.prompts,
-        "learned_from": options.learn,
         "rows": rows,
         "runs": runs,
+        "learned": learned,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"speed_reward_{options.data}.json"

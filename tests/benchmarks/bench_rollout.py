@@ -221,25 +221,31 @@ def profile(responses: int) -> str:
     return "\n".join(lines)
 
 
-def sampling(plain: bool, responses: int) -> float:
-    """Seconds of one batch: `rollouts.sample`, or `generate` as one would call it."""
+def sampling(plain: bool, responses: int) -> dict[str, float]:
+    """One batch: `rollouts.sample`, or `generate` as one would call it."""
     import torch
 
     from starling_lib.generation import left_pad
-    from starling_lib.models import inference, load_policy, load_tokenizer
+    from starling_lib.models import (
+        inference,
+        load_policy,
+        load_tokenizer,
+        matmul_gflops,
+    )
     from starling_lib.rollouts import encode_prompt, sample
 
     policy, tokenizer = load_policy(MODEL), load_tokenizer(MODEL)
     asked = prompts(responses)["prompt"]
+    encoded = [encode_prompt(tokenizer, messages) for messages in asked]
+    ids, mask = left_pad(encoded, tokenizer.pad_token_id)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    peak = matmul_gflops()
     for _ in range(2):  # the first warms up
         start = time.perf_counter()
         if plain:
-            encoded = [encode_prompt(tokenizer, messages) for messages in asked]
-            ids, mask = left_pad(encoded, tokenizer.pad_token_id)
             with inference(policy):
                 torch.manual_seed(0)
-                policy.generate(
+                out = policy.generate(
                     input_ids=ids,
                     attention_mask=mask.long(),
                     max_new_tokens=NEW_TOKENS,
@@ -247,9 +253,28 @@ def sampling(plain: bool, responses: int) -> float:
                     **options,
                 )
         else:
-            sample(policy, tokenizer, asked, max_new_tokens=NEW_TOKENS)
+            out = sample(policy, tokenizer, asked, max_new_tokens=NEW_TOKENS)
         seconds = time.perf_counter() - start
-    return seconds
+    if plain:
+        ended = out[:, ids.shape[1] :] == tokenizer.eos_token_id
+        sampled = int((ended.cumsum(1) - ended.int() == 0).sum())
+    else:
+        sampled = int(out.lengths.sum())
+    flops = forward_flops(policy, sum(map(len, encoded)), sampled)
+    return {
+        "seconds": seconds,
+        "gflops": flops / seconds / 1e9,
+        "matmul_gflops": peak,
+        "tokens_read": sum(map(len, encoded)),
+        "tokens_sampled": sampled,
+    }
+
+
+def forward_flops(policy, read: int, sampled: int) -> float:
+    """Of the matrices: every token passes the layers, a sampled one the head as well."""
+    layers = sum(p.numel() for p in policy.base_model.layers.parameters())
+    head = policy.get_output_embeddings().weight.numel()
+    return 2.0 * (layers * (read + sampled) + head * sampled)
 
 
 def full_update() -> float:
@@ -291,15 +316,14 @@ def measure(variant: str, responses: int) -> dict[str, float]:
     layers, imported = VARIANTS[variant][1], peak_gib()
     with tempfile.TemporaryDirectory() as folder:
         if variant == "copy":
-            seconds, responses = full_update(), BATCH
+            found, responses = {"seconds": full_update()}, BATCH
         elif variant in ("sample", "generate"):
-            seconds = sampling(variant == "generate", responses)
+            found = sampling(variant == "generate", responses)
         else:
             run = apa_iteration if variant.startswith("ours") else rloo_iteration
-            seconds = run(layers, responses, Path(folder))
-    return {
-        "seconds": seconds,
-        "samples_per_second": responses / seconds,
+            found = {"seconds": run(layers, responses, Path(folder))}
+    return found | {
+        "samples_per_second": responses / found["seconds"],
         "peak_gib": peak_gib() - imported,
         "precision": precision(),
     }
@@ -343,6 +367,9 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
     for variant, row in middle.items():
         row = {"variant": variant, "what": VARIANTS[variant][0], **row}
         row["runs"] = len(runs[variant])
+        if "gflops" in runs[variant][0]:
+            shares = [r["gflops"] / r["matmul_gflops"] for r in runs[variant]]
+            row["share_of_peak"] = statistics.median(shares)
         if rival := middle.get(rivals.get(variant)):
             row["times_rival"] = rival["seconds"] / row["seconds"]
         if copy := middle.get("copy"):
@@ -354,17 +381,20 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """The summary as a Markdown table."""
     lines = [
-        "| variant | runs | seconds | samples/s | × its rival | GiB | of one full copy |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | runs | seconds | samples/s | × its rival | GiB | of one full copy "
+        "| of the matmul peak |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         times = f"{row['times_rival']:.1f}" if "times_rival" in row else ""
         share = f"{row['of_a_copy']:.2f}" if "of_a_copy" in row else ""
+        peak = f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else ""
         figures = (
             f"{row['runs']} | {row['seconds']:.0f} | {row['samples_per_second']:.2f}"
         )
         lines.append(
-            f"| {row['what']} | {figures} | {times} | {row['peak_gib']:.1f} | {share} |"
+            f"| {row['what']} | {figures} | {times} | {row['peak_gib']:.1f} | {share} "
+            f"| {peak} |"
         )
     return "\n".join(lines)
 
