@@ -14,13 +14,17 @@ from starling_lib.judges import JudgeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, or 1 after saying on stderr what is wrong."""
+    """Run one command and return its exit code.
+
+    0, or 1 after saying on stderr what is wrong; 130 where Ctrl-C stopped it.
+    """
     args = _parser().parse_args(arguments)
     try:
         name, overrides = _split(args.recipe, args.overrides)
         args.command.run(read_command(args.command, name, overrides))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        goes_on = "; the same command goes on from here" * args.command.resumes
+        print(f"stopped{goes_on}", file=sys.stderr)
         return 130
     except Exception as error:
         if not isinstance(error, _expected()):

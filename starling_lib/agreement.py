@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
-from starling_lib.statistics import Interval, bootstrap_interval
+from starling_lib.statistics import Interval, bootstrap_interval, wilson_interval
 from starling_lib.win_rates import NO_INTERVAL, OTHER_SIDE, Table, sort_sides
 
 RESAMPLES = 1000
@@ -278,13 +277,8 @@ def verbosity_attack(
         before, after = np.split(_figures(figures, 2 * len(items)), 2)
         margin = after - before
     judged = ~np.isnan(margin)
-    success = NO_INTERVAL
-    if judged.any():
-        test = stats.binomtest(int((margin > 0).sum()), int(judged.sum()))
-        ends = test.proportion_ci(method="wilson")
-        success = Interval(test.statistic, float(ends.low), float(ends.high))
     return VerbosityAttack(
-        success=success,
+        success=wilson_interval((margin > 0).sum(), judged.sum()),
         n=int(judged.sum()),
         failed=int((~judged).sum()),
         skipped=len(answers) - len(items),

@@ -248,8 +248,10 @@ class APAConfig(TrainingArguments):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: choose from {allowed}"
                 )
-        if self.apa_lambda <= 0:
-            raise ValueError(f"apa_lambda={self.apa_lambda}: must be positive")
+        for name in ("apa_lambda", "kl_target", "kl_horizon"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}: must be positive")
         update = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.generation_batch_size is not None and self.generation_batch_size < 1:
             raise ValueError(
@@ -448,7 +450,7 @@ class APATrainer(WrappedModelTrainer):
             block,
             args.micro_steps,
             iterations,
-            args.data_seed or args.seed,
+            args.seed if args.data_seed is None else args.data_seed,
         )
 
     def get_train_dataloader(self):
@@ -828,9 +830,14 @@ class APATrainer(WrappedModelTrainer):
             tensors = {k: v.contiguous() for k, v in self.experience.items()}
             save_file(tensors, str(folder / f"experience-{rank}.safetensors"))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # Here and not in `_load_from_checkpoint`, which DeepSpeed's resuming passes by.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_progress(Path(checkpoint))
+
+    def _load_progress(self, folder: Path) -> None:
+        """What `save_progress` wrote."""
         state = json.loads((folder / "reward_state.json").read_text())
         self.kl_coef.value = state.pop("kl_coef")
         self.reward_scale.moments = RunningMoments(**state)

@@ -22,7 +22,7 @@ from datasketch import MinHash, MinHashLSH
 from scipy import optimize, sparse, special, stats
 from tqdm.auto import tqdm
 
-from starling_lib.statistics import Interval, bootstrap_interval
+from starling_lib.statistics import Interval, bootstrap_interval, wilson_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,12 +34,6 @@ _ENDS = ["low", "high"]
 
 
 # --- intervals over prompts
-
-
-def _wilson(hits: int, count: int) -> Interval:
-    """Share of independent trials with Wilson's interval (sound near 0 and 1 too)."""
-    low, high = stats.binomtest(int(hits), int(count)).proportion_ci(method="wilson")
-    return Interval(*map(float, (hits / count, low, high)))
 
 
 def _mean(values: Sequence[float], prompts: Sequence[int]) -> Interval:
@@ -120,7 +114,7 @@ def position_bias(orders: Sequence[Sequence[int]]) -> pd.DataFrame:
     ranks = _position_ranks(orders)
     n, k = ranks.shape
     firsts = (ranks == 1).sum(axis=0)
-    share = pd.DataFrame([_wilson(hits, n) for hits in firsts])
+    share = pd.DataFrame([wilson_interval(hits, n) for hits in firsts])
     rank = pd.DataFrame([bootstrap_interval(r, resamples=RESAMPLES) for r in ranks.T])
     share.columns = ["first_share", "first_low", "first_high"]
     rank.columns = ["mean_rank", "rank_low", "rank_high"]
@@ -226,7 +220,7 @@ def repeat_agreement(
     return RepeatAgreement(
         n=len(a),
         tau=bootstrap_interval(tau, resamples=RESAMPLES),
-        top1=_wilson(sum(best), len(best)),
+        top1=wilson_interval(sum(best), len(best)),
         rows=pd.DataFrame({**rows, "tau": tau, "same_best": best}),
         by_gap=by_gap.rename_axis("gap").reset_index(),
     )

@@ -130,16 +130,34 @@ class _Task:
             judge.model, self.messages(), judge.settings, self.draw(attempt)
         )
 
+    def request(self, judge: "Judge | RewardJudge") -> str:
+        """A digest of what is asked, the same at every attempt."""
+        if not hasattr(judge, "rank"):
+            return request_hash(
+                judge.model, self.messages(), judge.settings, self.number - 1
+            )
+        prompt = transcript_to_messages(self.row["prompt"])
+        texts = [answer["answer"] for answer in self.row["answers"]]
+        return request_hash(
+            judge.model, prompt, {"answers": texts, "finished": self.finished()}
+        )
+
+    def finished(self) -> list[bool]:
+        return [answer.get("finished") is not False for answer in self.row["answers"]]
+
+    def models(self) -> list[str]:
+        return [answer["model"] for answer in self.row["answers"]]
+
     def judged(self, judge, ranking: Sequence[int], **fields) -> Row:
         row = {"id": self.row["id"], "pass": self.number, "display": self.display}
         row |= {"ranking": [self.display[place] for place in ranking]}
-        row |= {"models": [answer["model"] for answer in self.row["answers"]]}
-        return row | fields | {"judge": judge.model}
+        row |= {"models": self.models()} | fields
+        return row | {"judge": judge.model, "request_hash": self.request(judge)}
 
     def failed(self, judge, error: str, reply: str | None, attempts: int) -> Row:
         row = {"id": self.row["id"], "pass": self.number, "display": self.display}
         row |= {"error": error, "reply": reply, "attempts": attempts}
-        return row | {"judge": judge.model}
+        return row | {"judge": judge.model, "request_hash": self.request(judge)}
 
 
 class _Requests(Sequence):
@@ -186,12 +204,13 @@ def rank_responses(
         One row a row and pass, pass by pass: `id`, `pass`, `display` and `ranking`
         (indices into the row's answers; best first), `models` (of the answers, as
         stored), `good_natured` (None from a reward model), `judge`, `reply_hash` (the
-        key into the judge's log). Where no reply could be read instead `error`, the
-        last `reply`, `attempts`: counted in a warning, left out by `to_rankings`.
+        key into the judge's log), `request_hash` (of the texts and settings). Where no
+        reply could be read instead `error`, the last `reply`, `attempts`: counted in a
+        warning, left out by `to_rankings`.
 
     Raises:
         ValueError: a row that cannot be asked about; an `output` that another judge,
-            seed, wording or number of passes made.
+            seed, text or number of passes made.
         JudgeError: nothing can be asked (a refused key, an unknown model).
     """
     if attempts < 1:
@@ -276,14 +295,34 @@ def _take_up(
             problem = f"it holds a pass {key[1]}, passes={passes} here"
         elif key in by_key and by_key[key].display != display:
             problem = f"row {key[0]!r} is shown in another order: another seed?"
+        elif key in by_key and (field := _other_field(row, by_key[key], judge)):
+            problem = (
+                f"row {key[0]!r}, pass {key[1]}, differs in {field}: another text or "
+                "seed, or other settings of the judge"
+            )
         else:
             known[key] = row
             continue
         raise ValueError(
             f"{path} was made by another run: {problem}; name another output"
         )
-    _check_request(known, by_key, judge, path)
     return known
+
+
+def _other_field(row: Row, task: _Task, judge) -> str | None:
+    """The field by which a kept row shows that it answers another question, if any.
+
+    Rows of older versions have no `request_hash`; their `reply_hash` must then be that of
+    one of the draws. A reward model's have neither.
+    """
+    if row.get("models", task.models()) != task.models():
+        return "models"
+    if "request_hash" in row:
+        return None if row["request_hash"] == task.request(judge) else "request_hash"
+    if hasattr(judge, "rank") or "ranking" not in row:
+        return None
+    draws = (task.digest(judge, attempt) for attempt in range(_ATTEMPTS_SEARCHED))
+    return None if row.get("reply_hash") in draws else "reply_hash"
 
 
 def _still_to_ask(
@@ -301,27 +340,6 @@ def _still_to_ask(
         for task in tasks
         if task.key not in done
     ]
-
-
-def _check_request(
-    known: Mapping[Key, Row], by_key: Mapping[Key, _Task], judge, path
-) -> None:
-    """Raise ValueError unless the first ranking there came from the same question."""
-    if hasattr(judge, "rank"):
-        return
-    for key, row in known.items():
-        if key in by_key and "ranking" in row:
-            digests = (
-                by_key[key].digest(judge, attempt)
-                for attempt in range(_ATTEMPTS_SEARCHED)
-            )
-            if row.get("reply_hash") not in digests:
-                raise ValueError(
-                    f"{path} was made by another run: row {key[0]!r} was asked for with "
-                    "other settings of the judge, another text or seed; name another "
-                    "output"
-                )
-            return
 
 
 def _ask_until_read(
@@ -367,11 +385,12 @@ def _rank_directly(
 ) -> Iterator[Row]:
     """Rankings by scores. In the order of display, so that equal scores are at random."""
     for task in tqdm(tasks, "scoring", disable=not progress):
-        shown = [task.row["answers"][i] for i in task.display]
-        finished = [answer.get("finished") is not False for answer in shown]
+        ended = task.finished()
+        finished = [ended[i] for i in task.display]
+        shown = [task.row["answers"][i]["answer"] for i in task.display]
         prompt = transcript_to_messages(task.row["prompt"])
         try:
-            order = judge.rank(prompt, [answer["answer"] for answer in shown], finished)
+            order = judge.rank(prompt, shown, finished)
         except JudgeError as error:
             yield task.failed(judge, str(error), None, 1)
         else:
@@ -578,8 +597,12 @@ def label(recipe: LabelRecipe, progress: bool = True) -> dict[str, Any]:
     _merge_function(recipe.method)  # a misspelt one must not wait for the judge
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    keep_recipe(recipe, folder / "recipe.json", lambda key: key in _FIXED)
     parts = _read_splits(recipe)
+    judge = make_judge(recipe.judge, recipe.replies, folder)
+    if judge is None:
+        raise RecipeError("judge: missing; name a judge, or replies to replay")
+    # Only now: the folder must not be bound to a recipe that cannot be run.
+    keep_recipe(recipe, folder / "recipe.json", lambda key: key in _FIXED)
     stored = list(itertools.chain(*parts.values()))
     rows = stored
     if recipe.responders:
@@ -587,9 +610,6 @@ def label(recipe: LabelRecipe, progress: bool = True) -> dict[str, Any]:
         rows = sample_responses(
             stored, recipe.responders, where, seed=recipe.seed, progress=progress
         )
-    judge = make_judge(recipe.judge, recipe.replies, folder)
-    if judge is None:
-        raise RecipeError("judge: missing; name a judge, or replies to replay")
     log = _bundled(recipe.displays)
     judgments = rank_responses(
         rows,
@@ -620,6 +640,8 @@ def label(recipe: LabelRecipe, progress: bool = True) -> dict[str, Any]:
 
 def _read_splits(recipe: LabelRecipe) -> dict[str, list[Row]]:
     """Rows by the name of their split, which becomes that of a file."""
+    if recipe.rows is not None and recipe.rows < 1:
+        raise RecipeError(f"rows: expected 1 or more, or null for all: {recipe.rows}")
     parts: dict[str, list[Row]] = {}
     for split in recipe.split.split("+"):
         name = re.match(r"\w*", split.strip())[0]

@@ -161,7 +161,7 @@ def expected_calibration_error(
 ) -> float:
     """Mean |predicted − observed| over the bins of `calibration`, by their pairs (ECE).
 
-    0 is calibrated, ½ as wrong as can be when every pair is (Guo et al. 2017, arXiv
+    0 is calibrated, 1 is certain and wrong on every pair (Guo et al. 2017, arXiv
     1706.04599, eq. 3). NaN without pairs.
     """
     return _ece(_pairs(*_matrices(scores, ranks)), bins)
@@ -484,9 +484,10 @@ def _ndcg(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 
 def _nll(scores: np.ndarray, ranks: np.ndarray) -> float:
-    if np.isnan(scores).all():
+    several = (~np.isnan(scores)).sum(1) > 1  # the others have nothing to rank
+    if not several.any():
         return float("nan")
-    scores, ranks = torch.tensor(scores), torch.tensor(ranks)
+    scores, ranks = torch.tensor(scores[several]), torch.tensor(ranks[several])
     return float(kwise_loss(scores, ~scores.isnan(), ranks=ranks))
 
 

@@ -331,7 +331,8 @@ def load_tokenizer(name: str | os.PathLike = BUNDLED_ALIAS) -> PreTrainedTokeniz
     """Load the tokenizer that belongs to a model of `load_policy`.
 
     Raises ValueError where padding could not be told from text (no pad token, or one
-    that equals EOS): every score is read, and every response ends, at such a mark.
+    that equals EOS), or the chat template ends a turn with another token than EOS: every
+    score is read, and every response ends, at such a mark.
     """
     if str(name) == TINY_ALIAS:
         return tiny_tokenizer()
@@ -342,7 +343,25 @@ def load_tokenizer(name: str | os.PathLike = BUNDLED_ALIAS) -> PreTrainedTokeniz
             f"{tokenizer.eos_token!r}. Set `tokenizer.pad_token` to a special token "
             "that never occurs in text (for Llama 2: '<unk>') and save it with the model."
         )
+    _check_turn_end(name, tokenizer)
     return tokenizer
+
+
+def _check_turn_end(
+    name: str | os.PathLike, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Gemma's EOS, for one, ends texts; its turns end with a token of their own."""
+    if not tokenizer.chat_template:
+        return
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    end = text.rpartition("!")[2]
+    if tokenizer.eos_token not in end:
+        raise ValueError(
+            f"{name}: its chat template ends a turn with {end.strip()!r}, not with EOS "
+            f"{tokenizer.eos_token!r}: no response would ever end. Set "
+            "`tokenizer.eos_token` to the token that does, and save it with the model."
+        )
 
 
 def load_reward_model(

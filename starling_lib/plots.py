@@ -136,14 +136,13 @@ def scores_by_rank(
     return figure
 
 
-def _accuracy_at_gap(scores: np.ndarray, gap: int) -> tuple[float, int]:
-    """Share of pairs `gap` ranks apart whose better response scores higher, and count.
+def _by_gap(scores: np.ndarray) -> pd.DataFrame:
+    """Accuracy (`estimate`) and number of pairs (`n`) by gap 1 … K-1 of (N, K) scores."""
+    from starling_lib import metrics  # which loads torch; most figures do without
 
-    `scores` is (N, K) best first; an equal pair counts one half, a NaN pair not at all.
-    """
-    difference = (scores[:, :-gap] - scores[:, gap:]).ravel()
-    difference = difference[~np.isnan(difference)]
-    return float(np.mean((np.sign(difference) + 1) / 2)), len(difference)
+    # The intervals are not drawn, so two resamples do.
+    table = metrics.accuracy_by_gap(scores, resamples=2)
+    return table[["estimate", "n"]].reindex(range(1, scores.shape[1]))
 
 
 @styled
@@ -155,18 +154,18 @@ def accuracy_by_gap(scores: np.ndarray, lengths: np.ndarray | None = None) -> Fi
         lengths: (N, K) response lengths in any unit; draws the rule when given.
     """
     scores = np.asarray(scores, dtype=float)
-    gaps = range(1, scores.shape[1])
+    model = _by_gap(scores)
     figure = new_figure()
     ax = figure.subplots()
-    model = [_accuracy_at_gap(scores, gap) for gap in gaps]
-    ax.plot(gaps, [a for a, _ in model], "o-", color=BLUE, label="reward model")
+    ax.plot(model["estimate"], "o-", color=BLUE, label="reward model")
     if lengths is not None:
         lengths = np.where(np.isnan(scores), np.nan, np.asarray(lengths, dtype=float))
-        rule = [_accuracy_at_gap(lengths, gap)[0] for gap in gaps]
-        ax.plot(gaps, rule, "s--", color=GREY, label="longer wins")
+        ax.plot(_by_gap(lengths)["estimate"], "s--", color=GREY, label="longer wins")
     ax.axhline(0.5, color=GREY, linestyle=":", linewidth=1.2, label="coin")
-    counts = [f"{gap}\n{n} pairs" for gap, (_, n) in enumerate(model, start=1)]
-    ax.set_xticks(list(gaps), counts)
+    counts = [
+        f"{gap}\n{n} pairs" for gap, n in model["n"].fillna(0).astype(int).items()
+    ]
+    ax.set_xticks(model.index, counts)
     ax.set(xlabel="ranks apart", ylabel="share of pairs ordered right", ylim=(0, 1.03))
     ax.legend(loc="lower right")
     return figure

@@ -166,7 +166,8 @@ class RewardSum:
             return score_responses(
                 function, tokenizer, rollout.prompts, rollout.texts, rollout.finished
             )
-        columns = {c: prompts[c] for c in prompts.column_names if c != "prompt"}
+        names = [] if prompts is None else prompts.column_names
+        columns = {c: prompts[c] for c in names if c != "prompt"}
         completions = [
             [{"role": "assistant", "content": text}] for text in rollout.texts
         ]
@@ -270,7 +271,8 @@ class KLCoefficient:
     """Weight of the KL in the reward, steered to a target where there is one.
 
     β ← β (1 + clip(KL/target − 1, ± 0.2) · n / horizon) after n responses (Ziegler et al.
-    2019, arXiv 1909.08593, §2.2, whose K_β = 0.1 a batch is n / horizon here, as in trlx).
+    2019, arXiv 1909.08593, §2.2, whose K_β = 0.1 a batch is n / horizon here, as in trlx;
+    at most 1, or β could turn negative and pay for distance).
     """
 
     def __init__(self, value: float, target: float | None = None, horizon: float = 1e4):
@@ -280,7 +282,7 @@ class KLCoefficient:
         """Take in the mean KL of that many responses, in nats a response."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * responses / self.horizon
+            self.value *= 1 + error * min(responses / self.horizon, 1)
 
 
 def token_rewards(

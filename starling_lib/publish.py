@@ -46,6 +46,8 @@ _POLICY_LIMITS = (
 _LOSSES = {
     "kwise": "the K-wise (Plackett-Luce) likelihood of whole rankings (arXiv 2301.11270)",
     "pairwise": "the pairwise (Bradley-Terry) likelihood of all pairs of a ranking",
+    "best_worst": "the Bradley-Terry likelihood of the best response of a ranking against "
+    "the worst",
 }
 
 _TEMPLATE = """---
@@ -90,6 +92,8 @@ the score is read.
 ## Training data
 
 {{ data.name }}{{ ": " + data.note if data.note }}
+{%- if trained_on %}
+{{ trained_on }}{% endif %}
 Licence of the data: {{ data.license }}. Licence of this model: {{ license }}.
 
 ## Figures
@@ -148,6 +152,8 @@ The chat template is that of the model it began as.
 ## Training data
 
 Prompts of {{ data.name }}{{ ": " + data.note if data.note }}
+{%- if trained_on %}
+{{ trained_on }}{% endif %}
 Licence of the data: {{ data.license }}. Licence of this model: {{ license }}.
 {%- if base_note %} {{ base_note }}{% endif %}
 
@@ -177,7 +183,10 @@ On MT-Bench's kind of questions:
 
 @dataclass(frozen=True)
 class CardData:
-    """The rankings behind a model: name, licence, split of the figures."""
+    """The rankings behind a model: name, licence, split of the figures.
+
+    `note` is about the data set as a whole, whatever part of it a model was trained on.
+    """
 
     name: str
     license: str
@@ -190,8 +199,8 @@ KNOWN_DATA = {
     "nectar_mini": CardData(
         "nectar_mini",
         "Apache-2.0",
-        "203 prompts with seven responses, six of them by SmolLM2-135M-Instruct, ranked "
-        "by an AI assistant.",
+        "240 prompts (203 in the split train, 37 in test) with seven responses, six of "
+        "them by SmolLM2-135M-Instruct, ranked by an AI assistant.",
     ),
     "berkeley-nest/Nectar": CardData(
         "berkeley-nest/Nectar",
@@ -224,14 +233,16 @@ def reward_model_card(
     load_from: str | None = None,
     language: str = "en",
     settings: Mapping[str, Any] | None = None,
+    rows: int | None = None,
 ) -> str:
     """The text of a README.md whose front matter the Hugging Face hub understands.
 
     `data`: a name in KNOWN_DATA or a CardData. `figures`: numbers by name, or (estimate,
     low, high) at 95 % over prompts. `limits` come after those of every reward model.
     `loss_type`: as in KwiseRewardConfig, or the loss in words. `load_from`: what the
-    examples load, by default `name`. `settings`: of the run, seeds included. Raises
-    ValueError on unknown data, an empty licence or a figure that is not finite.
+    examples load, by default `name`. `settings`: of the run, seeds included. `rows`: how
+    many of the data it was trained on; None does not say. Raises ValueError on unknown
+    data, an empty licence, a figure that is not finite or `rows` below 1.
     """
     data = known_data(data)
     return _card(
@@ -243,6 +254,7 @@ def reward_model_card(
             "tags": ["reward-model", "rlaif"],
             "language": language,
         },
+        trained_on=_trained_on(rows, "ranking"),
         loss=_LOSSES.get(loss_type, loss_type),
         rows=[_row(*figure) for figure in figures.items()],
         settings=_setting_rows(settings),
@@ -263,6 +275,7 @@ def policy_card(
     load_from: str | None = None,
     language: str = "en",
     settings: Mapping[str, Any] | None = None,
+    rows: int | None = None,
 ) -> str:
     """The same for a tuned policy.
 
@@ -282,6 +295,7 @@ def policy_card(
             "tags": ["rlaif", "apa"],
             "language": language,
         },
+        trained_on=_trained_on(rows, "prompt"),
         reward_model=_plain_name(reward_model),
         method=method,
         base_note=_BASE_NOTES.get(base_model, ""),
@@ -326,6 +340,15 @@ def _card(
         **texts,
     )
     return re.sub(r"\n{3,}", "\n\n", str(card))  # left where a section is empty
+
+
+def _trained_on(rows: int | None, what: str) -> str:
+    """Of how many rows a training took place; nothing where that is not known."""
+    if rows is None:
+        return ""
+    if rows < 1:
+        raise ValueError(f"rows={rows}: expected 1 or more, or None where not known")
+    return f"This model was trained on {rows} {what}{'s' * (rows > 1)} of it."
 
 
 def _plain_name(model: str) -> str:

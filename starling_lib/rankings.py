@@ -309,18 +309,25 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """Rows of the Nectar schema as stored: answers in their own order, ranks or none.
 
-    `source` and `split` as for `load_rankings`; `limit` takes the first rows.
-    An `id` that the source lacks is a hash of the prompt, as there. Raises RankingError.
+    `source` and `split` as for `load_rankings`; `limit` takes the first rows (None: all).
+    An `id` that the source lacks is a hash of the prompt, as there, and one that is no
+    text becomes text. Raises RankingError, ValueError for a negative limit.
     """
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit={limit}: expected 0 or more, or None for all rows")
     table = _open(source, split, streaming=False)
-    table = table.select(range(min(limit or len(table), len(table))))
-    rows = []
-    for stored in table:
-        row = _parse_line(stored["jsonl"]) if "jsonl" in stored else stored
-        if not row.get("id") and isinstance(row.get("prompt"), str):
-            row = {"id": _hash(row["prompt"]), **row}
-        rows.append(row)
-    return rows
+    if limit is not None:
+        table = table.select(range(min(limit, len(table))))
+    rows = (_parse_line(row["jsonl"]) if "jsonl" in row else row for row in table)
+    return [_with_id(row) for row in rows]
+
+
+def _with_id(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose `id` is text; unchanged where nothing tells what it would be."""
+    prompt = row.get("prompt")
+    if row.get("id") or isinstance(prompt, str):
+        return {"id": None, **row} | {"id": _id_of(row)}
+    return row
 
 
 # --- one row
@@ -357,7 +364,7 @@ def _to_ranking(row: dict[str, Any], duplicates: str) -> dict[str, Any]:
     messages = _check_prompt(row.get("prompt"))
     answers, copies = _merge_copies(_check_answers(row.get("answers")), duplicates)
     return {
-        "id": str(row.get("id") or _hash(row["prompt"])),
+        "id": _id_of(row),
         "prompt": messages,
         "responses": [answer["answer"] for answer in answers],
         "models": [answer["model"] for answer in answers],
@@ -369,6 +376,10 @@ def _to_ranking(row: dict[str, Any], duplicates: str) -> dict[str, Any]:
         "half": _check_optional(row, "half", str),
         "copies": copies,
     }
+
+
+def _id_of(row: dict[str, Any]) -> str:
+    return str(row.get("id") or _hash(row["prompt"]))
 
 
 def _hash(prompt: str) -> str:

@@ -19,7 +19,7 @@ from starling_lib.chat import (
     transcript_to_messages,
 )
 from starling_lib.journal import Row, open_journal
-from starling_lib.judges import JudgeError, OpenAIJudge, ask_all
+from starling_lib.judges import JudgeError, OpenAIJudge, ask_all, request_hash
 from starling_lib.recipe_files import recipe_key
 
 if TYPE_CHECKING:
@@ -66,24 +66,32 @@ def sample_responses(
     Args:
         prompts: rows with an `id` and a `prompt`, messages or a transcript; `source`,
             `half` and `good_natured` are handed on.
-        output: JSONL file that gets `{"id", "responder", "answer", "finished"}` for
-            each response; a killed run goes on from it. Local models sample
-            `batch_size` prompts of like length at once and write them down together.
+        output: JSONL file that gets `{"id", "responder", "answer", "finished",
+            "request_hash"}` for each response; a killed run goes on from it. Local
+            models sample `batch_size` prompts of like length at once and write them
+            down together.
 
     Returns:
         `id`, `prompt` (transcript), `answers` (`answer`, `model`: the responder's name,
         `finished`) in the order of `responders`, `turns`, `num_responses`.
 
     The same prompts, responders and seeds give the same responses of local models, also
-    after a kill. Raises ValueError on rows or names that are not distinct, JudgeError
-    at the end when a server left some prompts without a response.
+    after a kill. Raises ValueError on rows or names that are not distinct, and on an
+    `output` that holds a response to another text or of another model or setting;
+    JudgeError at the end when a server left some prompts without a response.
     """
     names = [responder.name for responder in responders]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"responders need distinct names, got {names}")
     rows = _prompt_rows(prompts)
+    digests = {
+        (row["id"], responder.name): _request_hash(responder, row["messages"], seed)
+        for row in rows
+        for responder in responders
+    }
     with open_journal(output) as journal:
         known = {(row["id"], row["responder"]): row for row in journal.rows}
+        _check_requests(known, digests, output)
         missing = {
             name: [row for row in rows if (row["id"], name) not in known]
             for name in names
@@ -92,11 +100,43 @@ def sample_responses(
         done = total - sum(map(len, missing.values()))
         bar = tqdm(total=total, initial=done, desc="sampling", disable=not progress)
         with bar:
-            for new in _new_responses(rows, responders, missing, batch_size, seed):
+            for found in _new_responses(rows, responders, missing, batch_size, seed):
+                new = [
+                    row | {"request_hash": digests[row["id"], row["responder"]]}
+                    for row in found
+                ]
                 journal.append(*new)
                 known |= {(row["id"], row["responder"]): row for row in new}
                 bar.update(len(new))
     return [_unranked(row, {n: known[row["id"], n] for n in names}) for row in rows]
+
+
+def _request_hash(responder: Responder, prompt: Sequence[Message], seed: int) -> str:
+    """What makes a response this run's: text, model and way of sampling, hashed."""
+    settings = {
+        "temperature": float(responder.temperature),
+        "max_new_tokens": responder.max_new_tokens,
+        "seeds": [responder.seed, seed],
+    }
+    return request_hash(responder.model, responder.messages(prompt), settings)
+
+
+def _check_requests(
+    known: Mapping[tuple[str, str], Row],
+    digests: Mapping[tuple[str, str], str],
+    output: str | os.PathLike,
+) -> None:
+    """Raise ValueError for a kept response to another request than this run's.
+
+    Rows of older versions have no hash to compare.
+    """
+    for key, digest in digests.items():
+        if known.get(key, {}).get("request_hash", digest) != digest:
+            raise ValueError(
+                f"{output} was made by another run: row {key[0]!r} of {key[1]!r} differs "
+                "in request_hash: another text, model, seed or way of sampling; name "
+                "another output"
+            )
 
 
 def _prompt_rows(prompts: Iterable[Mapping[str, Any]]) -> list[Row]:

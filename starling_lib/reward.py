@@ -153,9 +153,9 @@ class KwiseRewardTrainer(WrappedModelTrainer):
     `model`: a sequence-classification model with one label, or a name for
     `load_reward_model`. `train_dataset` and `eval_dataset`: rows of `load_rankings`
     (`prompt`, `responses` best first, optional `finished`, `ranks` that may tie, and a
-    `weight` in the loss). `peft_config`: train adapters (LoRA), in the last
-    `num_layers_unfrozen` layers or in all. Saves and resumes as
-    `AutoModelForSequenceClassification`, or as peft's adapters.
+    `weight` in the loss; a table's count beside their mean, a stream's as they are).
+    `peft_config`: train adapters (LoRA), in the last `num_layers_unfrozen` layers or in
+    all. Saves and resumes as `AutoModelForSequenceClassification`, or as peft's adapters.
 
     `train_dataset` may be a stream, an `IterableDataset`, of any length. Its rows are
     encoded when they are read, in its own order: shuffle it before, by
@@ -278,6 +278,9 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         loss = self.loss_function(scores, mask, weight, ranks=inputs["ranks"])
         if coefficient := self.args.center_rewards_coefficient:
             loss = loss + coefficient * centering_penalty(scores, mask, weight)
+        # From the batch's weighted mean to Σ w·l / B: a row counts the same in whatever
+        # batch it comes, alone in one as well.
+        loss = loss * weight.mean()
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -334,7 +337,9 @@ def _open_cache(args, scorer: RankingScorer, *datasets) -> TrunkCache | None:
         warnings.warn("cache_trunk: this model has no split: no cache", stacklevel=3)
         return None
     folder = args.trunk_cache_dir or Path(args.output_dir) / "trunk-cache"
-    cache = TrunkCache(folder, scorer.frozen_half, args.trunk_cache_gb)
+    number_format = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    half, limit = scorer.frozen_half, args.trunk_cache_gb
+    cache = TrunkCache(folder, half, limit, number_format)
     rows = [ids for data in datasets if data is not None for ids in data["input_ids"]]
     cache.check_size(sum(map(len, rows)))
     return cache
@@ -357,7 +362,17 @@ def _encode_rows(dataset: Dataset | None, tokenizer, max_length: int) -> Dataset
         lost = len(rows) - len(kept)
         warnings.warn(f"{lost} rows rank a single response: left out", stacklevel=3)
         rows = rows.select(kept)
-    return rows
+    return _mean_weight_one(rows)
+
+
+def _mean_weight_one(rows: Dataset) -> Dataset:
+    """The rows with their weights over the mean weight, so that the loss keeps its size."""
+    weights = rows["weight"]
+    mean = sum(weights) / max(len(weights), 1)
+    if mean in (0, 1):
+        return rows
+    scaled = [weight / mean for weight in weights]
+    return rows.remove_columns("weight").add_column("weight", scaled)
 
 
 def _encode_stream(

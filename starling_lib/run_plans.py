@@ -637,13 +637,20 @@ def _texts(recipe: Any, wanted: PlanRecipe) -> Texts:
 def count_prompts(recipe: LabelRecipe | RewardRecipe | APARecipe) -> int:
     """Rows that a recipe reads: known, or counted where the data are on this machine.
 
-    Raises RecipeError for other data, which only a download could count.
+    Raises RecipeError for a split that cannot be read, and for other data, which only a
+    download could count.
     """
     source = recipe.source if isinstance(recipe, LabelRecipe) else recipe.data
     half = getattr(recipe, "half", None)
     total = 0
     for part in recipe.split.split("+"):
-        name, slice_ = re.fullmatch(r"(\w+)(?:\[(.*)\])?", part.strip()).groups()
+        found = re.fullmatch(r"(\w+)(?:\[(.*)\])?", part.strip())
+        if found is None:
+            raise RecipeError(
+                f"split: cannot read {part.strip()!r}; write a name (letters, digits, _), "
+                "or one with a slice such as train[:100]"
+            )
+        name, slice_ = found.groups()
         if source in KNOWN_PROMPTS:
             rows = _sliced(KNOWN_PROMPTS[source].get(name), slice_)
         elif source == "nectar_mini" or Path(source).exists():

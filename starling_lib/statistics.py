@@ -75,6 +75,22 @@ def bootstrap_interval(
     return Interval(estimate, float(result.low), float(result.high))
 
 
+def wilson_interval(hits: int, count: int, level: float = 0.95) -> Interval:
+    """Share of `hits` in `count` independent trials with Wilson's interval (1927).
+
+    Sound for few trials and near 0 and 1 too. All NaN without a trial. Raises ValueError
+    when `hits` is not between 0 and `count`.
+
+    >>> interval = wilson_interval(3, 4)
+    >>> [round(end, 3) for end in interval]
+    [0.75, 0.301, 0.954]
+    """
+    if count == 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    ends = stats.binomtest(int(hits), int(count)).proportion_ci(level, "wilson")
+    return Interval(float(hits / count), float(ends.low), float(ends.high))
+
+
 def paired_difference(
     a: ArrayLike,
     b: ArrayLike,

@@ -20,8 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from starling_lib.models import precision
-
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
@@ -221,14 +219,18 @@ class TrunkCache:
     """Hidden states below the trained layers, on disk: one memory-mapped file a row.
 
     Files are found by the tokens of their row, in a folder named after the frozen
-    weights and the number format, so that another model never reads them. Memory stays
-    flat however many rows there are.
+    layers and the number format they compute in, so that another model never reads them.
+    Memory stays flat however many rows there are.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, lower: PreTrainedModel, max_gb: float = 20.0
+        self,
+        folder: str | os.PathLike,
+        lower: PreTrainedModel,
+        max_gb: float = 20.0,
+        number_format: str = "fp32",
     ):
-        self.folder = Path(folder) / f"{weights_digest(lower)}-{precision()}"
+        self.folder = Path(folder) / f"{trunk_digest(lower)}-{number_format}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hidden_size, self.max_gb = lower.config.hidden_size, max_gb
 
@@ -263,9 +265,10 @@ class TrunkCache:
         partial.replace(path)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Digest of all parameters of a model, names included."""
-    digest = hashlib.sha256()
+def trunk_digest(model: PreTrainedModel) -> str:
+    """Digest of what decides a trunk's states: all parameters, and rope, norms, heads."""
+    settings = [repr(getattr(model.config, name, None)) for name in _SAME_STATES]
+    digest = hashlib.sha256("\n".join(settings).encode())
     for name, parameter in model.named_parameters():
         data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(name.encode() + b"\0" + data.numpy().tobytes())

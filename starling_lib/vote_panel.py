@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from starling_lib.chat import Message
 from starling_lib.journal import Row, open_journal
+from starling_lib.statistics import wilson_interval
 
 CHOICES = ("left", "tie", "right")
 FIELDS = ("question_id", "model_a", "model_b", "winner", "order", "rater", "answers")
@@ -164,11 +164,14 @@ class VoteSession:
                 row[row["winner"]] for row in self._rows if row["winner"] != "tie"
             ]
             wins = winners.count(model)
+            preferred, low, high = wilson_interval(wins, len(winners), level)
             table[model] = {
                 "wins": wins,
                 "losses": len(winners) - wins,
                 "ties": len(self._rows) - len(winners),
-                **_wilson(wins, len(winners), level),
+                "preferred": preferred,
+                "low": low,
+                "high": high,
             }
         return pd.DataFrame.from_dict(table, orient="index").rename_axis("model")
 
@@ -217,15 +220,6 @@ def _text(prompt: str | Sequence[Message]) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
-
-
-def _wilson(wins: int, decisive: int, level: float) -> dict[str, float]:
-    names = ("preferred", "low", "high")
-    if decisive == 0:
-        return dict.fromkeys(names, np.nan)
-    ends = stats.binomtest(wins, decisive).proportion_ci(level, method="wilson")
-    values = (wins / decisive, float(ends.low), float(ends.high))
-    return dict(zip(names, values, strict=True))
 
 
 # --- in a notebook

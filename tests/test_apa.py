@@ -625,6 +625,27 @@ def test_evaluation_samples_with_a_fixed_seed(tokenizer, tmp_path):
 # --- pieces
 
 
+def test_a_data_seed_of_zero_is_a_seed(tokenizer, tmp_path):
+    """The order of prompts is that of the data seed, where there is none of the seed."""
+    orders = [
+        make_trainer(tmp_path, tokenizer, **seeds).train_dataset.order
+        for seeds in ({"seed": 5, "data_seed": 0}, {"seed": 0}, {"seed": 5})
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_resuming_reads_progress_where_an_engine_loads_the_weights(tokenizer, tmp_path):
+    """DeepSpeed's resuming goes by `_load_from_checkpoint`, and not by the optimiser's."""
+    part = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2)
+    part.add_callback(StopAt(2))
+    part.train()
+    again = make_trainer(tmp_path, tokenizer)
+    again.create_optimizer_and_scheduler(4)
+    again._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-2"))
+    assert again.reward_scale.state() == part.reward_scale.state()
+    assert again.reward_scale.moments.count > 0
+
+
 def test_blocks_repeat_their_prompts_at_every_micro_step():
     blocks = PromptBlocks(size=5, block=4, micro_steps=3, iterations=5, seed=0)
     items = [blocks[i] for i in range(len(blocks))]

@@ -490,6 +490,19 @@ def test_how_a_command_ends(monkeypatch, capsys, raised, code):
         main(["card", "folder=x"])
 
 
+@pytest.mark.parametrize("name", ["card", "label"])
+def test_only_what_can_go_on_says_so_when_it_is_stopped(monkeypatch, capsys, name):
+    def stop(recipe):
+        raise KeyboardInterrupt
+
+    stopped = dataclasses.replace(BY_NAME[name], run=stop)
+    monkeypatch.setattr("starling_lib.__main__.COMMANDS", [stopped])
+    assert main([name, {"card": "folder=x", "label": "output_dir=x"}[name]]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("stopped")
+    assert ("goes on from here" in said) == (name == "label")
+
+
 # --- recipes
 
 

@@ -5,6 +5,7 @@ whatever the order of display.
 """
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -698,6 +699,75 @@ def test_the_output_of_another_run_is_refused(tmp_path, change, message):
     assert judge.asked == [] and out.read_bytes() == before
 
 
+def edited(some, index):
+    """The rows with one answer of one of them changed; its id and models stay."""
+    some = json.loads(json.dumps(some))
+    some[index]["answers"][2]["answer"] += " worth 9"
+    return some
+
+
+class LongestFirst:
+    """Ranks as a `RewardJudge` does, without a model."""
+
+    model = "longest-first"
+
+    def rank(self, messages, responses, finished=None):
+        return sorted(range(len(responses)), key=lambda i: -len(responses[i]))
+
+
+def without_hashes(path):
+    """What versions wrote that kept no hash of the request."""
+    lines = list(read_jsonl(path))
+    for line in lines:
+        del line["request_hash"]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+@pytest.mark.parametrize("judge", [Scripted, LongestFirst])
+@pytest.mark.parametrize("index", [0, 3])
+def test_no_row_keeps_the_ranking_of_another_text(tmp_path, judge, index):
+    out = tmp_path / "out.jsonl"
+    found = rank(rows(4), judge(), out, passes=2)
+    assert all(len(one["request_hash"]) == 64 for one in found)
+    with pytest.raises(ValueError, match=f"row 'r{index}', pass 1, .*request_hash"):
+        rank(edited(rows(4), index), judge(), out, passes=2)
+    cut = rows(4)
+    cut[index]["answers"][0]["finished"] = False
+    if judge is LongestFirst:  # a reward model reads it, the prompt does not show it
+        with pytest.raises(ValueError, match=f"row 'r{index}'.*name another output"):
+            rank(cut, judge(), out, passes=2)
+    assert rank(rows(4), judge(), out, passes=2) == found
+
+
+@FAILED
+def test_failures_and_later_draws_belong_to_their_text_too(tmp_path):
+    out = tmp_path / "out.jsonl"
+    rank(rows(2), Scripted(lambda *_: "no"), out, attempts=2)
+    with pytest.raises(ValueError, match="row 'r1', pass 1"):
+        rank(edited(rows(2), 1), Scripted(), out, retry_failed=True)
+    found = rank(rows(2), Scripted(), out, retry_failed=True)
+    assert rank(rows(2), Scripted(), out) == found
+    with pytest.raises(ValueError, match="row 'r1', pass 1"):
+        rank(edited(rows(2), 1), Scripted(), out)
+
+
+def test_files_without_request_hashes_are_read_and_checked_as_far_as_they_go(tmp_path):
+    out, scored = tmp_path / "out.jsonl", tmp_path / "scored.jsonl"
+    rank(rows(4), Scripted(), out)
+    rank(rows(4), LongestFirst(), scored)
+    for path in (out, scored):
+        without_hashes(path)
+    judge = Scripted()
+    assert len(rank(rows(4), judge, out)) == 4 and judge.asked == []
+    with pytest.raises(ValueError, match="row 'r3', pass 1, differs in reply_hash"):
+        rank(edited(rows(4), 3), judge, out)
+    assert len(rank(edited(rows(4), 3), LongestFirst(), scored)) == 4
+    other = rows(4)
+    other[3]["answers"][1]["model"] = "another"
+    with pytest.raises(ValueError, match="row 'r3', pass 1, differs in models"):
+        rank(other, LongestFirst(), scored)
+
+
 def test_a_damaged_line_is_named(tmp_path):
     out = tmp_path / "out.jsonl"
     rank(rows(2), Scripted(), out)
@@ -1057,7 +1127,8 @@ def test_responses_are_those_of_the_model(tmp_path, policy, tokenizer):
     assert any(warm != warm_too for _, warm, warm_too in texts), "seeds of their own"
     lines = list(read_jsonl(out))
     assert len(lines) == 15
-    assert all(set(x) == {"id", "responder", "answer", "finished"} for x in lines)
+    names = {"id", "responder", "answer", "finished", "request_hash"}
+    assert all(set(x) == names for x in lines)
 
 
 def test_sampling_goes_on_with_the_same_responses(tmp_path, monkeypatch):
@@ -1080,6 +1151,27 @@ def test_sampling_goes_on_with_the_same_responses(tmp_path, monkeypatch):
     loads.clear()
     assert sampled(out) == whole and loads == [], "nothing to do loads no model"
     assert sampled(tmp_path / "other.jsonl", seed=1) != whole
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        ({"responders": [dataclasses.replace(GREEDY, model="other")]}, "q0"),
+        ({"responders": [dataclasses.replace(GREEDY, temperature=0.5)]}, "q0"),
+        ({"responders": [dataclasses.replace(GREEDY, system="Be brief.")]}, "q0"),
+        ({"questions": [*QUESTIONS[:4], QUESTIONS[0] | {"id": "q4"}]}, "q4"),
+        ({"seed": 1}, "q0"),
+    ],
+)
+def test_responses_to_another_request_are_refused(tmp_path, change, row):
+    out = tmp_path / "out.jsonl"
+    whole = sampled(out, [GREEDY])
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=f"row '{row}' of 'greedy'.*another output"):
+        sampled(out, **{"responders": [GREEDY], **change})
+    assert out.read_bytes() == before
+    without_hashes(out)
+    assert sampled(out, **{"responders": [GREEDY], **change})[0] == whole[0]
 
 
 def test_missing_responses_are_sampled_in_their_old_company(tmp_path):
@@ -1461,6 +1553,22 @@ def test_the_command_says_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mistake", ["split=tset", "judge=null", "rows=0"])
+def test_a_mistake_does_not_bind_the_folder(tmp_path, mistake):
+    """Corrected, the recipe may go into the folder in which it failed."""
+    command = ["label", str(RECIPE), f"output_dir={tmp_path}/out", mistake]
+    assert main(command) == 1
+    assert not (tmp_path / "out" / "recipe.json").exists()
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_rows_are_not_all_rows(tmp_path, capsys, count):
+    assert main([*REPLAY, f"rows={count}", f"output_dir={tmp_path}/out"]) == 1
+    assert f"rows: expected 1 or more, or null for all: {count}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_misspelt_method_does_not_wait_for_the_judge(tmp_path):

@@ -168,6 +168,13 @@ def test_ranks_name_the_order_and_ties_are_not_counted():
     assert metrics["ndcg"] == pytest.approx(ndcg_score([[1, 2, 2, 0]], scores))
 
 
+def test_rows_with_nothing_to_rank_do_not_dilute_the_likelihood():
+    beside = [[2.0, 1.0], [NAN, NAN], [3.0, NAN]]
+    expected = reward_metrics([[2.0, 1.0]])["nll"]
+    assert reward_metrics(beside)["nll"] == pytest.approx(expected)
+    assert math.isnan(reward_metrics([[1.0]])["nll"])
+
+
 def test_columns_in_any_order_give_the_same_figures():
     scores, lengths = draw()
     shuffle = np.random.default_rng(2).permuted(np.tile(np.arange(5), (20, 1)), axis=1)

@@ -143,6 +143,17 @@ def test_a_tokenizer_without_a_pad_token_of_its_own_is_refused(
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_whose_turns_end_with_another_token_is_refused(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<turn>")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"ends a turn with '<turn>', not with EOS"):
+        load_tokenizer(tmp_path)
+    tokenizer.chat_template = None  # a base model's: nothing to compare with
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert load_tokenizer(tmp_path / "base").chat_template is None
+
+
 # --- heads
 
 

@@ -390,6 +390,8 @@ def test_prompts_are_counted_where_they_can_be():
     assert count_prompts(LabelRecipe("o", split="train+test")) == 240
     with pytest.raises(RecipeError, match="prompts: how many me/own has in train is"):
         count_prompts(RewardRecipe("o", "tiny", "me/own"))
+    with pytest.raises(RecipeError, match="split: cannot read 'train-2024'; write a"):
+        count_prompts(RewardRecipe("o", "tiny", split="train+train-2024"))
 
 
 def test_a_saved_model_is_as_good_as_a_known_one(tmp_path, policy):

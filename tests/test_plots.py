@@ -84,6 +84,8 @@ def test_accuracy_by_gap_counts_ties_and_leaves_out_nan():
     assert line(ax, "reward model") == pytest.approx([2.5 / 3, 1])
     assert line(ax, "longer wins") == pytest.approx([0, 0])
     assert [t.get_text() for t in ax.get_xticklabels()] == ["1\n3 pairs", "2\n1 pairs"]
+    (ax,) = plots.accuracy_by_gap([[3.0, 2.0, np.nan]]).axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1\n1 pairs", "2\n0 pairs"]
 
 
 def test_packing_mask_shades_every_pair():

@@ -103,6 +103,9 @@ def test_a_coefficient_is_steered_to_its_target():
     assert coefficient.value == pytest.approx(0.05 * (1 + 0.2 * 0.05))
     coefficient.update(5.4, 500)  # a tenth below
     assert coefficient.value == pytest.approx(0.05 * 1.01 * (1 - 0.1 * 0.05))
+    coefficient = KLCoefficient(0.05, target=6, horizon=10)
+    coefficient.update(0, 512)  # more responses than the horizon: a fifth, not below 0
+    assert coefficient.value == pytest.approx(0.05 * 0.8)
 
 
 @given(st.floats(0, 1e6), st.integers(1, 5000))

@@ -6,7 +6,12 @@ import math
 import pytest
 from huggingface_hub import ModelCard
 
-from starling_lib.publish import CardData, reward_model_card, save_reward_card
+from starling_lib.publish import (
+    CardData,
+    policy_card,
+    reward_model_card,
+    save_reward_card,
+)
 from starling_lib.statistics import Interval
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -57,6 +62,26 @@ def test_the_text_names_data_licences_figures_and_limits():
         assert part in text
     assert "{{" not in text and "{%" not in text
     assert "None were given." in card(figures={})
+
+
+def test_the_set_and_the_part_of_it_that_was_trained_on():
+    assert "nectar_mini: 240 prompts (203 in the split train, 37 in test)" in card()
+    assert "This model was trained on" not in card()
+    assert "an AI assistant.\nThis model was trained on 103 rankings of it.\nL" in card(
+        rows=103
+    )
+    about = ("p", "smollm2-135m", "nectar_mini", "apache-2.0", "rm", "APA", {})
+    assert "This model was trained on 1 prompt of it." in policy_card(*about, rows=1)
+    with pytest.raises(ValueError, match="rows=0: expected 1 or more"):
+        card(rows=0)
+
+
+def test_every_loss_is_described():
+    from starling_lib.reward import LOSSES
+
+    for name in LOSSES:
+        text = card(loss_type=name)
+        assert f"by {name}." not in text and "likelihood of" in text
 
 
 def test_nectars_condition_is_told():

@@ -553,6 +553,29 @@ def test_another_kind_of_pairs_is_an_error(ranking, pairs):
         to_preference_pairs(ranking, pairs)
 
 
+def test_the_first_rows_as_stored():
+    whole = rankings.read_rows(split="test")
+    assert len(whole) == 37
+    assert rankings.read_rows(split="test", limit=2) == whole[:2]
+    assert rankings.read_rows(split="test", limit=99) == whole
+    assert rankings.read_rows(split="test", limit=0) == []
+    with pytest.raises(ValueError, match="limit=-1: expected 0 or more"):
+        rankings.read_rows(split="test", limit=-1)
+
+
+def test_ids_of_stored_rows_are_those_of_the_table(tmp_path):
+    stored = rankings.read_rows(split="test", limit=5)
+    lines = [
+        *({**stored[i], "id": name} for i, name in enumerate([None, "", 7, "x"])),
+        {key: value for key, value in stored[4].items() if key != "id"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ids = [row["id"] for row in rankings.read_rows(path)]
+    assert ids == load_rankings(path)["id"]
+    assert ids[2:4] == ["7", "x"] and all(len(ids[i]) == 12 for i in (0, 1, 4))
+
+
 def test_ten_thousand_damaged_rows_are_refused_or_ranked_right():
     """One field of a real row replaced at random: an error, or the ranks as given."""
     rng, accepted = np.random.default_rng(0), 0

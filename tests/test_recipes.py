@@ -1,6 +1,7 @@
 """Presets that fit the machine, and artefacts that are made once."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +72,33 @@ def test_the_fingerprint_covers_what_decides_the_weights(monkeypatch, tmp_path):
     assert len(marks) == len(others) + 3
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.parquet"])
+def test_the_fingerprint_covers_every_kind_of_file_in_a_folder(tmp_path, name):
+    marks = set()
+    for content in ("one", "two"):
+        (tmp_path / name).write_text(content)
+        settings = load_settings("tiny", data=str(tmp_path))
+        marks.add(settings.fingerprint("reward_model"))
+    assert len(marks) == 2
+
+
+def test_the_fingerprint_tells_hub_ids_and_retrained_folders_apart(tmp_path):
+    sets = [load_settings("tiny", data=name) for name in ("one/set", "other/set")]
+    assert len({settings.fingerprint("reward_model") for settings in sets}) == 2
+    model, marks = load_settings("tiny", model=str(tmp_path)), set()
+    for content in ("before", "after"):
+        (tmp_path / "model.safetensors").write_text(content)
+        marks.add(model.fingerprint("reward_model"))
+    assert len(marks) == 2
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_rankings_of_no_rows_are_refused(rows):
+    with pytest.raises(ValueError, match=f"rows={rows}: give a number above 0"):
+        recipes.first_rankings("nectar_mini", "train", rows)
+    assert len(recipes.first_rankings("nectar_mini", "train", 2)) == 2
+
+
 # --- artefacts
 
 
@@ -109,8 +137,26 @@ def test_an_interrupted_build_goes_on_in_its_folder(capsys):
     capsys.readouterr()
     folder = keep("reward_model", settings, builder(calls))
     assert "resuming" in capsys.readouterr().out
-    assert calls == [[], ["checkpoint-3", "weights"]]
+    assert calls == [[], ["checkpoint-3", "seconds.json", "weights"]]
     assert (folder / MARKER).exists()
+
+
+def test_the_seconds_of_an_interrupted_stretch_count(monkeypatch):
+    settings, clock = load_settings("tiny"), iter([10.0, 13.0, 100.0, 102.0])
+    fake = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(recipes, "time", fake)
+    with pytest.raises(KeyboardInterrupt):
+        keep("reward_model", settings, builder([], fail=True))
+    folder = keep("reward_model", settings, builder([]))
+    assert json.loads((folder / "seconds.json").read_text()) == 5.0
+
+
+def test_fresh_means_without_what_a_kill_left():
+    settings, calls = load_settings("tiny"), []
+    with pytest.raises(KeyboardInterrupt):
+        keep("reward_model", settings, builder(calls, fail=True))
+    keep("reward_model", settings, builder(calls), fresh=True)
+    assert calls == [[], []]
 
 
 @pytest.mark.slow

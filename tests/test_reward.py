@@ -346,6 +346,25 @@ def test_ties_and_weights_of_the_rows_reach_the_loss(reward_model, tokenizer, tm
     assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_rows_weight_counts_whatever_batch_it_comes_in(
+    reward_model, tokenizer, tmp_path
+):
+    """Alone it would be divided by itself: the sum over batches is that of one batch."""
+    weights = (0.1, 10.0, 3.0)
+    rows = [{**row, "weight": weights[i]} for i, row in enumerate(toy_rows()[:3])]
+    trainer = make_trainer(tmp_path, reward_model, tokenizer, Dataset.from_list(rows))
+    encoded = list(trainer.train_dataset)
+
+    def loss(some):
+        batch = trainer._collate(some)
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model.eval(), batch).item()
+
+    alone = [loss([row]) for row in encoded]
+    assert sum(alone) / 3 == pytest.approx(loss(encoded), rel=1e-5)
+    assert alone[1] > 20 * alone[0] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

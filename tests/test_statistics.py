@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from starling_lib.statistics import (
     agreement,
     bootstrap_interval,
     kendall_tau,
     paired_difference,
+    wilson_interval,
 )
 
 
@@ -54,6 +56,25 @@ def test_any_statistic_and_a_fixed_seed():
 def test_a_single_group_has_no_interval():
     interval = bootstrap_interval([1.0, 3.0], groups=["p", "p"])
     assert interval.estimate == 2.0 and np.isnan([interval.low, interval.high]).all()
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 5), (3, 4), (6, 6), (6, 40), (1, 1)])
+def test_wilson_interval_against_its_formula(hits, count):
+    """The ends solve (p̂ − p)² = z² p (1 − p) / n."""
+    share, z = hits / count, 1.959963984540054
+    roots = np.roots([1 + z**2 / count, -2 * share - z**2 / count, share**2])
+    expected = [share, *sorted(roots)]
+    assert wilson_interval(hits, count) == pytest.approx(expected, abs=1e-9)
+    low, high = binomtest(hits, count).proportion_ci(method="wilson")
+    assert wilson_interval(hits, count)[1:] == (low, high)
+
+
+def test_wilson_interval_by_level_and_without_trials():
+    wide, narrow = (wilson_interval(3, 4, level) for level in (0.99, 0.5))
+    assert wide.low < narrow.low < 0.75 < narrow.high < wide.high
+    assert np.isnan(wilson_interval(0, 0)).all()
+    with pytest.raises(ValueError, match="must not be greater"):
+        wilson_interval(5, 4)
 
 
 def test_sign_flip_p_value_against_all_flips():

@@ -16,8 +16,8 @@ from starling_lib.trunk import (
     add_adapters,
     freeze_below,
     split_trunk,
+    trunk_digest,
     try_split_trunk,
-    weights_digest,
 )
 from tests.conftest import mistral
 
@@ -230,12 +230,11 @@ def test_the_cache_gives_back_each_rows_states(scorer, tmp_path):
     assert again.get(pack_ranking([5, 6], [[7, 8, 9], [10]])) is None
 
 
-def test_other_weights_or_formats_have_their_own_cache(scorer, tmp_path, monkeypatch):
+def test_other_weights_or_formats_have_their_own_cache(scorer, tmp_path):
     first = TrunkCache(tmp_path, scorer.frozen_half)
     first.put(ROWS[0], torch.zeros(6, 16))
-    monkeypatch.setenv("STARLING_PRECISION", "bf16")
-    assert TrunkCache(tmp_path, scorer.frozen_half).get(ROWS[0]) is None
-    monkeypatch.setenv("STARLING_PRECISION", "fp32")
+    half = TrunkCache(tmp_path, scorer.frozen_half, number_format="bf16")
+    assert half.get(ROWS[0]) is None
     assert TrunkCache(tmp_path, scorer.frozen_half).get(ROWS[0]) is not None
     with torch.no_grad():
         next(scorer.frozen_half.parameters())[0, 0] += 1
@@ -264,10 +263,16 @@ def test_a_kill_while_writing_leaves_no_file(scorer, tmp_path, monkeypatch):
     assert cache.get(ROWS[0]) is None
 
 
-def test_weights_digest_tells_names_and_values():
-    layer = torch.nn.Linear(2, 2)
-    other = copy.deepcopy(layer)
-    assert weights_digest(layer) == weights_digest(other)
-    other.bias.data[0] += 1e-6
-    assert weights_digest(layer) != weights_digest(other)
-    assert weights_digest(layer) != weights_digest(torch.nn.Sequential(layer))
+def test_a_trunks_digest_tells_names_values_and_what_the_layers_do(scorer):
+    lower = scorer.frozen_half
+    first = trunk_digest(lower)
+    assert trunk_digest(copy.deepcopy(lower)) == first
+    other = copy.deepcopy(lower)
+    next(other.parameters()).data[0, 0] += 1e-6
+    assert trunk_digest(other) != first
+    other = copy.deepcopy(lower)
+    other.config.rms_norm_eps *= 2  # the same weights, other states
+    assert trunk_digest(other) != first
+    other = copy.deepcopy(lower)
+    other.extra = torch.nn.Parameter(torch.zeros(0))
+    assert trunk_digest(other) != first
