@@ -275,10 +275,9 @@ def evaluate_reward_model(
     report = report_reward_model(trainer, settings.rankings("test"), folder)
     if settings.data not in KNOWN_DATA or settings.model not in models.LICENSES:
         return  # whose licence is not known, nothing can be said of
-    figures = report_figures(report)
-    save_reward_card(
-        folder, settings.model, settings.data, models.LICENSES[settings.model], figures
-    )
+    license, figures = models.LICENSES[settings.model], report_figures(report)
+    rows = len(trainer.train_dataset)
+    save_reward_card(folder, settings.model, settings.data, license, figures, rows=rows)
 
 
 def report_reward_model(

@@ -525,7 +525,8 @@ def test_transformers_server_follows_the_weights(server, tokenizer, tmp_path):
     for letters in ("ab", "xyz"):
         policy = readable_policy(tokenizer, only=letters)
         rollout = served(policy, tokenizer, PROMPTS, max_new_tokens=8, samples=8)
-        assert set("".join(rollout.texts)) == set(letters)
+        said = set("".join(rollout.texts))  # which of the letters is up to chance
+        assert said and said <= set(letters)
     assert list(tmp_path.iterdir()) == []
 
 
