@@ -35,6 +35,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from nbclient.util import run_sync
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from traitlets import default
@@ -189,6 +190,8 @@ class InterruptibleClient(NotebookClient):
         async with self._stopping:
             if self.km is not None:
                 await super()._async_cleanup_kernel()
+
+    _cleanup_kernel = run_sync(_async_cleanup_kernel)  # called when Python exits
 
 
 def available_cores() -> int:

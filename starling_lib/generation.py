@@ -284,29 +284,33 @@ def _empty_cache(policy: PreTrainedModel, extra: int) -> DynamicCache:
 
 
 def _read(policy, rows, pad_id: int, cache: DynamicCache) -> Tensor:
-    """One forward of the trunk, behind what the cache holds. (N,) pads before the rows."""
-    ids, mask = (x.to(policy.device) for x in left_pad(rows, pad_id))
-    before = cache.get_seq_length()
-    whole = F.pad(mask, (before, 0), value=True)
+    """One forward of the trunk, behind what the cache holds. (N,) pads after the rows.
+
+    After, so that no pad stands between a row and what the cache holds: some models
+    measure distances by place.
+    """
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, True, padding_value=pad_id).to(policy.device)
+    lengths = torch.tensor([len(row) for row in rows], device=policy.device)[:, None]
+    before, places = cache.get_seq_length(), torch.arange(ids.shape[1]).to(ids.device)
+    mask = F.pad(places < lengths, (before, 0), value=True)
     policy.base_model(
         input_ids=ids,
-        attention_mask=whole.long(),
-        position_ids=(whole.cumsum(1)[:, before:] - 1).clamp(min=0),
+        attention_mask=mask.long(),
+        position_ids=(before + places).expand_as(ids),
         past_key_values=cache,
         use_cache=True,
     )
-    return (~mask).sum(1)
+    return ids.shape[1] - lengths.squeeze(1)
 
 
 def _read_group(policy, rows, pad_id: int, begun: DynamicCache, width: int):
     """The cache of rows that go on from `begun` (one row), left-padded to `width`."""
-    cache, before = copy.deepcopy(begun), begun.get_seq_length()
+    cache = copy.deepcopy(begun)
     cache.batch_repeat_interleave(len(rows))
     pads = _read(policy, rows, pad_id, cache)
-    # The pads stand between beginning and rest, and belong before both.
     places = torch.arange(cache.get_seq_length(), device=pads.device)
-    source = places - pads[:, None]
-    source = torch.where(source < before, source.clamp(min=0), places)[:, None, :, None]
+    source = (places - pads[:, None]).clamp(min=0)[:, None, :, None]
     for layer in cache.layers:
         layer.keys, layer.values = (
             F.pad(x.gather(2, source.expand_as(x)), (0, 0, width - x.shape[2], 0))

@@ -343,20 +343,21 @@ def load_tokenizer(name: str | os.PathLike = BUNDLED_ALIAS) -> PreTrainedTokeniz
             f"{tokenizer.eos_token!r}. Set `tokenizer.pad_token` to a special token "
             "that never occurs in text (for Llama 2: '<unk>') and save it with the model."
         )
-    _check_turn_end(name, tokenizer)
+    check_turn_end(name, tokenizer)
     return tokenizer
 
 
-def _check_turn_end(
-    name: str | os.PathLike, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Gemma's EOS, for one, ends texts; its turns end with a token of their own."""
+def check_turn_end(name: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where the chat template ends a turn with another token than EOS.
+
+    Gemma's EOS, for one, ends texts; its turns end with a token of their own.
+    """
     if not tokenizer.chat_template:
         return
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     end = text.rpartition("!")[2]
-    if tokenizer.eos_token not in end:
+    if not tokenizer.eos_token or not end.lstrip().startswith(tokenizer.eos_token):
         raise ValueError(
             f"{name}: its chat template ends a turn with {end.strip()!r}, not with EOS "
             f"{tokenizer.eos_token!r}: no response would ever end. Set "

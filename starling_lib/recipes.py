@@ -22,6 +22,7 @@ from starling_lib import models
 from starling_lib.apa import APAConfig, APATrainer
 from starling_lib.checkpoints import MARKER, write_marker
 from starling_lib.command_recipes import merged, read_preset
+from starling_lib.journal import write_atomically
 from starling_lib.publish import KNOWN_DATA, report_figures, save_reward_card
 from starling_lib.rankings import data_path, load_rankings
 from starling_lib.reports import reward_report
@@ -82,7 +83,7 @@ class Settings:
             "half": self.half,
             "precision": models.precision(),
             "settings": {name: getattr(self, name) for name in stages},
-            "weights": _digest(sorted(Path(self.model).glob("*.safetensors"))),
+            "model_files": _digest(_files(Path(self.model))),
             "data": [self.data, _digest(_data_files(self.data))],
             "code": _digest([code / f"{name}.py" for name in TRAINING_CODE]),
         }
@@ -128,9 +129,14 @@ def apa_config(
 
 def _data_files(source: str) -> list[Path]:
     path = data_path(source) if source == "nectar_mini" else Path(source)
+    kinds = (".jsonl", ".jsonl.gz", ".parquet")
+    return [p for p in _files(path) if p == path or p.name.endswith(kinds)]
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, those of the folder, or none where the name is of neither."""
     if path.is_dir():
-        kinds = (".jsonl", ".jsonl.gz", ".parquet")
-        return sorted(p for p in path.iterdir() if p.name.endswith(kinds))
+        return sorted(p for p in path.iterdir() if p.is_file())
     return [path] if path.is_file() else []
 
 
@@ -198,7 +204,8 @@ def keep(
         try:
             build(partial)
         finally:  # a stretch that was interrupted counts as well
-            spent.write_text(json.dumps(before + time.perf_counter() - start))
+            seconds = before + time.perf_counter() - start
+            write_atomically(spent, json.dumps(seconds).encode())
         for scratch in [*partial.glob("checkpoint-*"), *partial.glob("trunk-cache")]:
             shutil.rmtree(scratch)
         write_marker(partial)

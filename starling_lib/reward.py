@@ -337,7 +337,8 @@ def _open_cache(args, scorer: RankingScorer, *datasets) -> TrunkCache | None:
         warnings.warn("cache_trunk: this model has no split: no cache", stacklevel=3)
         return None
     folder = args.trunk_cache_dir or Path(args.output_dir) / "trunk-cache"
-    number_format = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    # What `Trainer` computes in, be it from its arguments or from accelerate's config.
+    number_format = {"no": "fp32"}.get(args.mixed_precision, args.mixed_precision)
     half, limit = scorer.frozen_half, args.trunk_cache_gb
     cache = TrunkCache(folder, half, limit, number_format)
     rows = [ids for data in datasets if data is not None for ids in data["input_ids"]]

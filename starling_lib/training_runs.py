@@ -22,6 +22,7 @@ from starling_lib.checkpoints import MARKER, write_marker
 from starling_lib.command_recipes import APARecipe, RewardRecipe, decides_weights
 from starling_lib.models import (
     TINY_ALIAS,
+    check_turn_end,
     load_reward_model,
     load_tokenizer,
     resolve,
@@ -184,7 +185,7 @@ def tokenizer_of(model: str, pad_token: str | None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding with a token of the recipe's if it names one.
 
     Raises RecipeError for one that is EOS or not in the vocabulary: a new one would have
-    no embedding.
+    no embedding. Raises ValueError where turns end with another token than EOS.
     """
     if pad_token is None or model == TINY_ALIAS:
         return load_tokenizer(model)
@@ -192,6 +193,7 @@ def tokenizer_of(model: str, pad_token: str | None) -> PreTrainedTokenizerBase:
     if pad_token not in tokenizer.get_vocab() or pad_token == tokenizer.eos_token:
         raise RecipeError(f"pad_token: {pad_token!r} is EOS or no token of {model}")
     tokenizer.pad_token = pad_token
+    check_turn_end(model, tokenizer)
     return tokenizer
 
 

@@ -1,5 +1,6 @@
 """The commands: a chain on the tiny preset, their help, their errors, their recipes."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -466,6 +467,11 @@ def test_a_pad_token_is_one_of_the_vocabulary(folder, tokenizer):
     for wrong in ("<pad>", "<|im_end|>"):
         with pytest.raises(RecipeError, match="is EOS or no token of saved"):
             tokenizer_of("saved", wrong)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<turn>")
+    other.save_pretrained("other")
+    with pytest.raises(ValueError, match="ends a turn with '<turn>', not with EOS"):
+        tokenizer_of("other", "<|im_start|>")
 
 
 @pytest.mark.parametrize(

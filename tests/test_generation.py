@@ -116,6 +116,21 @@ def test_what_all_prompts_begin_with_is_read_once(policy, shapes):
     assert shapes == [(1, 4), (1, 2), (1, 3), (1, 8), (3, 30)]
 
 
+def test_no_pad_stands_between_a_prompt_and_the_common_beginning(policy, monkeypatch):
+    """Some models measure distances by place."""
+    masks, forward = [], policy.base_model.forward
+    monkeypatch.setattr(
+        policy.base_model,
+        "forward",
+        lambda *a, **k: masks.append(k["attention_mask"]) or forward(*a, **k),
+    )
+    with torch.no_grad():
+        read_prompts(policy, [[5, 6, 7, *row] for row in prompts((9, 10, 8))], PAD)
+    assert [mask.shape for mask in masks] == [(1, 3), (2, 11), (1, 12)]
+    assert all((mask.diff(dim=1) <= 0).all() for mask in masks)
+    assert any((mask == 0).any() for mask in masks)
+
+
 def test_one_prompt_is_read_in_one_go(policy, shapes):
     with torch.no_grad():
         read_prompts(policy, [prompts()[2]] * 3, PAD)

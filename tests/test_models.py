@@ -149,6 +149,11 @@ def test_a_tokenizer_whose_turns_end_with_another_token_is_refused(tokenizer, tm
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"ends a turn with '<turn>', not with EOS"):
         load_tokenizer(tmp_path)
+    # Phi's: EOS once, after the whole conversation
+    tokenizer.chat_template += "{{ eos_token }}"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"ends a turn with '<turn>\S*<\|im_end\|>'"):
+        load_tokenizer(tmp_path)
     tokenizer.chat_template = None  # a base model's: nothing to compare with
     tokenizer.save_pretrained(tmp_path / "base")
     assert load_tokenizer(tmp_path / "base").chat_template is None

@@ -87,7 +87,7 @@ def test_the_fingerprint_tells_hub_ids_and_retrained_folders_apart(tmp_path):
     assert len({settings.fingerprint("reward_model") for settings in sets}) == 2
     model, marks = load_settings("tiny", model=str(tmp_path)), set()
     for content in ("before", "after"):
-        (tmp_path / "model.safetensors").write_text(content)
+        (tmp_path / "chat_template.jinja").write_text(content)
         marks.add(model.fingerprint("reward_model"))
     assert len(marks) == 2
 

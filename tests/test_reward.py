@@ -384,6 +384,17 @@ def test_losses_of_the_config(reward_model, tokenizer, tmp_path, changes, expect
 # --- the cached trunk
 
 
+def test_the_cache_is_named_after_what_accelerate_computes_in(
+    reward_model, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    rows = Dataset.from_list(toy_rows())
+    changes = {"cache_trunk": True, "num_layers_unfrozen": 1, "bf16": False}
+    trainer = make_trainer(tmp_path, reward_model, tokenizer, rows, **changes)
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert trainer.trunk_cache.folder.name.endswith("-bf16")
+
+
 def test_a_cached_trunk_changes_nothing_and_is_computed_once(
     reward_model, tokenizer, toy_rankings, tmp_path, monkeypatch
 ):
