@@ -53,8 +53,8 @@ BUDGETS = {
 }
 SLOW_BUDGETS = {
     "01_nectar": 1,
-    "02_reward_model": 9.5,
-    "03_apa": 13,
+    "02_reward_model": 10.5,
+    "03_apa": 11,
     "04_evaluation": 6.5,
     "05_full_scale": 3,
 }

@@ -245,7 +245,7 @@ def reward_model(settings: Settings, fresh: bool = False) -> Path:
         save_trained(trainer, folder)
 
     return keep(
-        "reward_model", settings, build, "(3 minutes with fast bf16, 6 without)", fresh
+        "reward_model", settings, build, "(6 minutes; less with fast bf16)", fresh
     )
 
 
@@ -312,7 +312,7 @@ def tuned_policy(settings: Settings, fresh: bool = False) -> Path:
         save_trained(trainer, folder)
 
     return keep(
-        "tuned_policy", settings, build, "(5 minutes with fast bf16, 8 without)", fresh
+        "tuned_policy", settings, build, "(about 3 minutes)", fresh
     )
 
 
