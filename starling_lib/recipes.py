@@ -311,9 +311,7 @@ def tuned_policy(settings: Settings, fresh: bool = False) -> Path:
         trainer.train(resume_from_checkpoint=True)
         save_trained(trainer, folder)
 
-    return keep(
-        "tuned_policy", settings, build, "(about 3 minutes)", fresh
-    )
+    return keep("tuned_policy", settings, build, "(about 3 minutes)", fresh)
 
 
 def apa_trainer(settings: Settings, folder: Path) -> APATrainer:
