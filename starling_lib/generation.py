@@ -84,10 +84,19 @@ class RoomyLayer(DynamicLayer):
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token lists → (N, P) ids and bool mask, padded on the left."""
+    return _pad(rows, pad_id, "left")
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token lists → (N, P) ids and bool mask, padded on the right."""
+    return _pad(rows, pad_id, "right")
+
+
+def _pad(rows, pad_id: int, side: str) -> tuple[Tensor, Tensor]:
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(tensors, True, padding_value=pad_id, padding_side="left")
+    ids = pad_sequence(tensors, True, padding_value=pad_id, padding_side=side)
     ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return ids, pad_sequence(ones, True, padding_value=False, padding_side="left")
+    return ids, pad_sequence(ones, True, padding_value=False, padding_side=side)
 
 
 def generate_rows(
@@ -289,19 +298,17 @@ def _read(policy, rows, pad_id: int, cache: DynamicCache) -> Tensor:
     After, so that no pad stands between a row and what the cache holds: some models
     measure distances by place.
     """
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(tensors, True, padding_value=pad_id).to(policy.device)
-    lengths = torch.tensor([len(row) for row in rows], device=policy.device)[:, None]
-    before, places = cache.get_seq_length(), torch.arange(ids.shape[1]).to(ids.device)
-    mask = F.pad(places < lengths, (before, 0), value=True)
+    ids, mask = (x.to(policy.device) for x in right_pad(rows, pad_id))
+    before, width = cache.get_seq_length(), ids.shape[1]
+    places = torch.arange(before, before + width, device=ids.device)
     policy.base_model(
         input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=(before + places).expand_as(ids),
+        attention_mask=F.pad(mask, (before, 0), value=True).long(),
+        position_ids=places.expand_as(ids),
         past_key_values=cache,
         use_cache=True,
     )
-    return ids.shape[1] - lengths.squeeze(1)
+    return (~mask).sum(1)
 
 
 def _read_group(policy, rows, pad_id: int, begun: DynamicCache, width: int):

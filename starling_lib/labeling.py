@@ -125,17 +125,13 @@ class _Task:
     def draw(self, attempt: int) -> int:
         return self.number - 1 + MAX_PASSES * (self.tried + attempt)
 
-    def digest(self, judge: Judge, attempt: int) -> str:
-        return request_hash(
-            judge.model, self.messages(), judge.settings, self.draw(attempt)
-        )
+    def digest(self, judge: Judge, draw: int) -> str:
+        return request_hash(judge.model, self.messages(), judge.settings, draw)
 
     def request(self, judge: "Judge | RewardJudge") -> str:
         """A digest of what is asked, the same at every attempt."""
         if not hasattr(judge, "rank"):
-            return request_hash(
-                judge.model, self.messages(), judge.settings, self.number - 1
-            )
+            return self.digest(judge, self.number - 1)
         prompt = transcript_to_messages(self.row["prompt"])
         texts = [answer["answer"] for answer in self.row["answers"]]
         return request_hash(
@@ -321,8 +317,9 @@ def _other_field(row: Row, task: _Task, judge) -> str | None:
         return None if row["request_hash"] == task.request(judge) else "request_hash"
     if hasattr(judge, "rank") or "ranking" not in row:
         return None
-    draws = (task.digest(judge, attempt) for attempt in range(_ATTEMPTS_SEARCHED))
-    return None if row.get("reply_hash") in draws else "reply_hash"
+    draws = map(task.draw, range(_ATTEMPTS_SEARCHED))
+    asked = (task.digest(judge, draw) for draw in draws)
+    return None if row.get("reply_hash") in asked else "reply_hash"
 
 
 def _still_to_ask(
@@ -361,7 +358,8 @@ def _ask_until_read(
                     else:
                         yield task.failed(judge, str(error), text, attempts)
                 else:
-                    good, digest = parse_good_natured(text), task.digest(judge, attempt)
+                    good = parse_good_natured(text)
+                    digest = task.digest(judge, task.draw(attempt))
                     yield task.judged(
                         judge, ranking, good_natured=good, reply_hash=digest
                     )

@@ -244,13 +244,14 @@ def _save_on_any_rank(model: PreTrainedModel, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal; read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_manifest(folder: Path) -> None:
-    digests = {p.name: _digest(p) for p in sorted(folder.iterdir())}
+    digests = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps(digests, indent=1))
 
 
@@ -258,7 +259,9 @@ def _is_intact(folder: Path) -> bool:
     """True if every file still has the digest written when the folder was made."""
     try:
         digests = json.loads((folder / "manifest.json").read_text())
-        return all(_digest(folder / name) == known for name, known in digests.items())
+        return all(
+            file_digest(folder / name) == known for name, known in digests.items()
+        )
     except (OSError, ValueError):
         return False
 

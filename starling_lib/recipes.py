@@ -143,9 +143,7 @@ def _files(path: Path) -> list[Path]:
 def _digest(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(f"{path.name}\0{models.file_digest(path)}".encode())
     return digest.hexdigest()
 
 

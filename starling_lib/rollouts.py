@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from starling_lib.generation import generate_rows, keeps_states, left_pad
+from starling_lib.generation import generate_rows, keeps_states, left_pad, right_pad
 from starling_lib.models import inference
 from starling_lib.prefix import PADDING, PROMPT, LayoutLost, forward_packed, packs
 from starling_lib.trunk import tapped
@@ -197,15 +196,13 @@ def _rollout(tokenizer, prompts, encoded, responses) -> Rollout:
         skip_special_tokens=True,
     )
     prompt_ids, prompt_mask = left_pad(encoded, pad)
-    rows = [torch.tensor(row) for row in responses]
+    response_ids, response_mask = right_pad(responses, pad)
     return Rollout(
         prompts=list(prompts),
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        response_ids=pad_sequence(rows, True, padding_value=pad),
-        response_mask=pad_sequence(
-            [torch.ones_like(row, dtype=torch.bool) for row in rows], True
-        ),
+        response_ids=response_ids,
+        response_mask=response_mask,
         texts=texts,
         finished=torch.tensor(finished),
     )

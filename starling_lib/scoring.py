@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from starling_lib.generation import right_pad
 from starling_lib.models import inference, reward_head
 from starling_lib.prefix import pack_ranking
 from starling_lib.released import RELEASED_LENGTH, SCORE_POSITIONS
@@ -209,10 +209,8 @@ def masked_inputs(
     rows: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Right-padded `input_ids` and `attention_mask` (B, T), and each row's last token."""
-    tensors = [torch.tensor(row) for row in rows]
-    mask = pad_sequence([torch.ones_like(t) for t in tensors], True)
-    ids = pad_sequence(tensors, True, padding_value=pad_id)
-    return {"input_ids": ids, "attention_mask": mask}, mask.sum(1) - 1
+    ids, mask = right_pad(rows, pad_id)
+    return {"input_ids": ids, "attention_mask": mask.long()}, mask.sum(1) - 1
 
 
 def released_inputs(

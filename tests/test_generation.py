@@ -17,6 +17,7 @@ from starling_lib.generation import (
     left_pad,
     like_lengths,
     read_prompts,
+    right_pad,
 )
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -38,10 +39,13 @@ def prompts(lengths=LENGTHS):
     return [torch.randint(3, 259, (n,), generator=draw).tolist() for n in lengths]
 
 
-def test_left_pad_by_hand():
+def test_padding_by_hand():
     ids, mask = left_pad([[5, 6, 7], [8]], pad_id=9)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
     assert mask.tolist() == [[True] * 3, [False, False, True]]
+    ids, mask = right_pad([[5, 6, 7], [8]], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert mask.tolist() == [[True] * 3, [True, False, False]]
 
 
 @pytest.mark.parametrize("window", [None, 16])
