@@ -54,8 +54,9 @@ test: lint  ## lint, fast tests, notebooks on the tiny preset
 test-slow: $(STAMP)  ## tests that need SmolLM2, kills or second processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
-bench-reward: $(STAMP)  ## speed of reward training, TRL beside ours (an hour)
-	$(OFFLINE) $(PY) tests/benchmarks/bench_reward.py $(ARGS)
+bench-reward: $(STAMP)  ## speed of reward training, TRL beside ours (two hours)
+	$(OFFLINE) $(PY) tests/benchmarks/bench_reward.py --learn 16 $(ARGS)
+	$(OFFLINE) $(PY) tests/benchmarks/bench_reward.py --data nectar_sample $(ARGS)
 
 bench-losses: $(STAMP)  ## MLE_K against MLE_2, and reading of endings (two hours)
 	$(OFFLINE) $(PY) tests/benchmarks/study_reward.py losses $(ARGS)

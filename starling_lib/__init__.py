@@ -34,7 +34,7 @@ PUBLIC = {
     "rollouts": ("sample", "Rollout"),
     "losses": ("kwise_loss", "pairwise_loss", "best_worst_loss"),
     "metrics": ("reward_metrics", "calibration", "rewardbench_scores"),
-    "scoring": ("score_responses",),
+    "scoring": ("score_responses", "score_rewardbench"),
     "pessimism": ("PessimisticReward",),
     "reward": ("KwiseRewardConfig", "KwiseRewardTrainer"),
     "vote_panel": ("VoteSession", "VotePanel"),

@@ -36,6 +36,7 @@ from starling_lib.actor_critic import ActorCritic, Reference, join_rows
 from starling_lib.checkpoints import (
     WrappedModelTrainer,
     check_arguments,
+    last_complete,
     machine_defaults,
 )
 from starling_lib.journal import write_atomically
@@ -65,7 +66,7 @@ from starling_lib.rollouts import (
     sample,
     scatter,
 )
-from starling_lib.sharding import is_sharded
+from starling_lib.sharding import free_whole_weights, is_sharded
 from starling_lib.trunk import add_adapters
 
 if TYPE_CHECKING:
@@ -92,8 +93,10 @@ class APAConfig(TrainingArguments):
     `per_device_train_batch_size` × `gradient_accumulation_steps`; `max_steps` counts
     those optimiser steps.
 
-    Logged each iteration (averages over its responses or tokens):
+    Logged each iteration: averages over its responses or tokens, of all processes. From
+    fresh responses, before they are trained on:
       reward            score of the reward functions, before scaling. Should rise.
+      rewards/…         each function's own, by its number and name, before its weight.
       reward_std        its spread; near 0 means every response scores alike: no signal.
       kl                Σ over a response of k3(π, π_init), in nats. Grows slowly; a jump
                         means λ is too small or the learning rate too large.
@@ -105,26 +108,53 @@ class APAConfig(TrainingArguments):
                         collapse into one phrase.
       length, eos_rate  tokens a response, share that ended by themselves. Length running
                         to the limit means the reward pays for length.
-      value_loss        ½(V − R)². Should fall, then stay.
       explained_variance  1 − Var(R − V)/Var(R): 0 knows nothing, 1 knows all; below 0 the
                         critic misleads.
+      dropped_share     of a server's replies (`ServedSampler`), those not kept, and how
+                        many for which reason: dropped_failed, dropped_ending,
+                        dropped_round_trip, dropped_tokens, dropped_length.
+    Means over the micro-steps of its updates:
+      value_loss        ½(V − R)². Should fall, then stay.
       policy_loss       the loss of `loss_type`; comparable only within a run.
-      log_ratio         mean |log π − log π_old| after updates: how far an iteration moves.
+      log_ratio         |log π − log π_old| a token: how far an iteration moves.
       gated             share of micro-steps on which only the critic was trained.
       ptx_loss          NLL a token of the given completions, with `ptx_coef`.
+      loss              `vf_coef`·value_loss + policy_loss + `ptx_coef`·ptx_loss, what is
+                        minimised; gated micro-steps have the first term alone, so that
+                        completions are not learnt from either.
+      grad_norm         of an update's gradient before clipping, the last one's.
+    On `eval_dataset`, from responses with a fixed seed:
+      eval_reward, eval_length, eval_eos_rate  as above; comparable between steps.
+    Trainer's own: epoch, step, learning_rate, and at the end train_loss, train_runtime,
+    train_samples_per_second, train_steps_per_second, total_flos.
+
+    A loss that is not finite or a log_ratio above `log_ratio_limit` stops the run, and is
+    neither saved nor marked COMPLETE: what an update made is measured before it is saved.
     """
 
+    # Where a default comes from. S: Starling's script, trlx/examples/hh/mistral_apa.py; L:
+    # Starling's loss, trlx/trlx/models/modeling_ppo.py; "ours": nothing to take it from.
+    # Adam's β₁ = 0.9 and ε = 1e-8 are S's and TrainingArguments' alike. max_grad_norm is
+    # TrainingArguments' 1.0, for both presets: so does Microsoft's
+    # configs/accelerate/zero2-bf16.yaml; S names a file so called that was not released.
+
+    # S: lr=2e-7
     learning_rate: float = field(
         default=2e-7, metadata={"help": "Starling: 2e-7, constant."}
     )
+    # S: cosine_annealing from lr to eta_min=2e-7
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Starling's cosine had equal ends."}
     )
+    # S: betas=(0.9, 0.95)
     adam_beta2: float = field(default=0.95, metadata={"help": "Starling: 0.95."})
+    # S: weight_decay=1e-6
     weight_decay: float = field(default=1e-6, metadata={"help": "Starling: 1e-6."})
+    # S: batch_size=4
     per_device_train_batch_size: int = field(
         default=4, metadata={"help": "Responses in a minibatch."}
     )
+    # ours, and the next two
     logging_steps: float = field(
         default=0, metadata={"help": "Steps between logs; 0: once an iteration."}
     )
@@ -134,36 +164,49 @@ class APAConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "False: a NaN is shown, not hidden."}
     )
-    # what is optimised
+    # --- what is optimised
+
+    # L: the square
     loss_type: str = field(
         default="apa",
         metadata={"help": "'apa', 'awr' or 'ppo' on the same experience."},
     )
+    # L: coefficient 1 before the advantage
     apa_lambda: float = field(
         default=1.0, metadata={"help": "λ: target log-ratio is A/λ (also AWR's λ)."}
     )
+    # L: the rollout's log-probabilities
     anchor: str = field(
         default="rollout",
         metadata={"help": "log-ratio against 'initial' or 'rollout'."},
     )
+    # L: as GAE gives them
     whiten_advantages: bool = field(
         default=False, metadata={"help": "Unit variance over response tokens."}
     )
+    # S: gamma=1
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    # S: lam=0.95
     gae_lambda: float = field(default=0.95, metadata={"help": "λ of GAE."})
+    # S: cliprange=0.2, which APA's loss does not use
     cliprange: float = field(default=0.2, metadata={"help": "PPO's ratio clip."})
-    # the reward
+    # --- the reward
+
+    # S: init_kl_coef=0.01
     kl_coef: float = field(
         default=0.01, metadata={"help": "Weight of log π − log π_init in the reward."}
     )
+    # S: target=None
     kl_target: float | None = field(
         default=None,
         metadata={"help": "Nats a response that kl_coef is steered to; None: fixed."},
     )
+    # S: horizon=10000, of no effect without a target
     kl_horizon: float = field(
         default=10_000,
         metadata={"help": "Responses in which kl_coef moves by a fifth at most."},
     )
+    # S: scale_reward="running"
     scale_reward: str = field(
         default="running",
         metadata={
@@ -171,58 +214,87 @@ class APAConfig(TrainingArguments):
             "iteration ('reference'), or not ('none')."
         },
     )
+    # S: cliprange_reward=10
     cliprange_reward: float = field(
         default=10.0, metadata={"help": "Scaled rewards are clipped to ± this."}
     )
+    # S has none; its authors report a shift (COLM 2024), not how large
     reward_shift: float = field(
         default=0.0,
         metadata={
             "help": "Added to the scaled reward; > 0 pays for ending (Starling)."
         },
     )
+    # ours
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Subtracted (scaled units) from cut responses."}
     )
+    # ours
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight a reward function; default 1 each."}
     )
-    # the critic
+    # --- the critic
+
+    # S: vf_coef=1
     vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss."})
+    # S: cliprange_value=0.2
     cliprange_value: float | None = field(
         default=0.2, metadata={"help": "Value clip as in PPO2; None: unclipped."}
     )
+    # L: only the value loss while it is above 1
     value_gate: float | None = field(
-        default=1.0, metadata={"help": "Critic alone while value loss exceeds this."}
+        default=1.0,
+        metadata={
+            "help": "Policy loss and PTX are off while the value loss exceeds this; None: "
+            "never. Trained layers that policy and critic share still move, and the "
+            "policy with them."
+        },
     )
+    # S: a value head on the policy's trunk
     separate_value_model: bool = field(
         default=False, metadata={"help": "A copy of the trained layers for the critic."}
     )
+    # S has none; its authors report a pretrained critic (COLM 2024), without code
     critic_warmup_iterations: int = field(
-        default=0, metadata={"help": "First iterations that train the critic alone."}
+        default=0,
+        metadata={
+            "help": "First iterations on the value loss alone; layers that it shares "
+            "with the policy move, too (see value_gate)."
+        },
     )
-    # staying a language model
+    # --- staying a language model
+
+    # ours
     ptx_coef: float = field(
         default=0.0,
         metadata={"help": "Weight of the NLL of each prompt's `completion` (0: off)."},
     )
-    # the rollouts
+    # --- the rollouts
+
+    # S: num_layers_unfrozen=4
     num_layers_unfrozen: int | None = field(
         default=4, metadata={"help": "Train the last N layers; None: all."}
     )
+    # S: num_rollouts=64
     rollout_batch_size: int = field(
         default=64, metadata={"help": "Responses a process samples each iteration."}
     )
+    # ours; S: chunk_size=4, for memory
     generation_batch_size: int | None = field(
         default=None,
         metadata={"help": "Responses sampled at once; None: all of an iteration's."},
     )
+    # S: ppo_epochs=2
     num_epochs_per_rollout: int = field(
         default=2, metadata={"help": "Passes over an iteration's responses."}
     )
+    # S: seq_length=2148, less max_new_tokens
     max_prompt_length: int = field(
         default=1124, metadata={"help": "Longer prompts are dropped, with a count."}
     )
+    # S: max_new_tokens=1024
     max_new_tokens: int = field(default=1024, metadata={"help": "Response tokens."})
+    # ours, and all below
     num_samples_kept: int = field(
         default=4, metadata={"help": "Responses an iteration kept in samples.jsonl."}
     )
@@ -279,27 +351,36 @@ class APAConfig(TrainingArguments):
 
     @classmethod
     def starling(cls, **overrides) -> "APAConfig":
-        """Starling's fork (starling.md §1.5 and §4.3): the defaults of this class."""
+        """Starling's fork: the defaults of this class, where the sources are named."""
         return cls(**machine_defaults(overrides))
 
     @classmethod
     def paper(cls, **overrides) -> "APAConfig":
-        """The paper and Microsoft's code for it (starling.md §4.2), HH with 125M."""
+        """The paper and Microsoft's code for it (microsoft/RLHF-APA), HH with 125M.
+
+        Its examples/sppo_hh.py agrees with Starling's script, and so with the defaults, in
+        AdamW (betas, weight decay), the constant rate, gamma=1, lam=0.95, vf_coef=1,
+        ppo_epochs=2 and scale_reward="running". Fields that are "ours" there are here.
+        """
+        # M: examples/sppo_hh.py; L: the loss, trlx/models/modeling_sppo.py; T: the
+        # trainer, trlx/trainer/accelerate_sppo_trainer.py.
         settings = {
-            "anchor": "initial",  # the square pulls towards π_init itself
-            "apa_lambda": 0.1,  # adv_coeff_sq = 10
-            "whiten_advantages": True,  # undocumented in the equations
-            "kl_coef": 0.0,  # the KL term is multiplied by 0
-            "separate_value_model": True,  # a full second network
-            "cliprange_value": None,
-            "value_gate": None,
-            "cliprange_reward": 100.0,
-            "learning_rate": 1e-6,
-            "num_layers_unfrozen": 2,
-            "rollout_batch_size": 128,
-            "per_device_train_batch_size": 8,
-            "max_prompt_length": 872,  # sequence length 1000
-            "max_new_tokens": 128,
+            "anchor": "initial",  # L: the square pulls towards π_init itself
+            "apa_lambda": 0.1,  # M: ADV_COEFF_SQ = 10
+            "whiten_advantages": True,  # L; not in the paper's equations
+            "kl_coef": 0.0,  # T: the KL term is multiplied by 0
+            # T: a network of its own, a whole copy; ours copies the trained layers, since
+            # the frozen ones below are the same
+            "separate_value_model": True,
+            "cliprange_value": None,  # L: ½(V − R)²; M's cliprange_value is not used
+            "value_gate": None,  # L has none
+            "cliprange_reward": 100.0,  # M: cliprange_reward=100
+            "learning_rate": 1e-6,  # M: lr=1e-6, eta_min=1e-6
+            "num_layers_unfrozen": 2,  # M: num_layers_unfrozen=2; paper, App. C
+            "rollout_batch_size": 128,  # M, 125M: num_rollouts = 128
+            "per_device_train_batch_size": 8,  # M, 125M: batch_size = 8
+            "max_prompt_length": 872,  # M: seq_length=1000, less max_new_tokens
+            "max_new_tokens": 128,  # M: max_new_tokens=128
         }
         return cls(**machine_defaults({**settings, **overrides}))
 
@@ -477,6 +558,10 @@ class APATrainer(WrappedModelTrainer):
                 f"resumed inside iteration {iteration}, whose experience is not in the "
                 "checkpoint: resume from a folder with a COMPLETE marker"
             )
+        return self._minibatch(iteration, step)
+
+    def _minibatch(self, iteration: int, step: int) -> dict[str, Tensor]:
+        """The `step`-th minibatch of the experience, and the tokens its update has."""
         rows = self._minibatch_rows(iteration, step)
         chosen = {k: v[rows] for k, v in self.experience.items() if k != "counts"}
         update = step // self.args.gradient_accumulation_steps
@@ -640,8 +725,7 @@ class APATrainer(WrappedModelTrainer):
     def compute_loss(
         self, model, inputs, return_outputs=False, num_items_in_batch=None
     ):
-        names = (*TOKEN_FIELDS, "trunk_states")
-        rows = {name: inputs[name] for name in names if name in inputs}
+        rows = sampled_rows(inputs)
         if self.args.ptx_coef:  # in the same forward: DDP wants one a step
             rows = join_rows(rows, {n: inputs[f"ptx_{n}"] for n in rows})
         out, ptx = self._without_ptx(model(**rows), inputs)
@@ -703,20 +787,19 @@ class APATrainer(WrappedModelTrainer):
     # --- logging
 
     def _log_rollout(self, iteration, rollout: Rollout, scores, experience) -> None:
-        mask, returns = experience["response_mask"], experience["returns"]
+        mask = experience["response_mask"]
         kl = objectives.kl_k3(experience["logprobs"], experience["ref_logprobs"])
         kl = torch.where(mask, kl, 0).sum(1).mean()
-        unexplained = (returns - experience["values"])[mask].var()
+        everyone = self.accelerator.gather(scores.to(mask.device))
         figures = {
             "reward": scores.mean(),
-            "reward_std": scores.std(),
+            "reward_std": everyone.std(correction=int(len(everyone) > 1)),
             "kl": kl,
             "kl_coef": self.kl_coef.value,
             "reward_scale": self.reward_scale.std,
-            "entropy": objectives.masked_mean(experience["entropy"], mask),
             "length": mask.sum(1).float().mean(),
             "eos_rate": rollout.finished.float().mean(),
-            "explained_variance": 1 - unexplained / returns[mask].var().clamp(min=1e-8),
+            **self._token_figures(experience),
             **self.rewards.last_means,
             **getattr(self.sampler, "figures", {}),
         }
@@ -728,31 +811,56 @@ class APATrainer(WrappedModelTrainer):
         self.kl_coef.update(self.accelerator.reduce(kl, "mean").item(), count)
         self._keep_samples(iteration, rollout, scores)
 
+    def _token_figures(self, experience: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`entropy` and `explained_variance`: all processes' response tokens together."""
+        names = ("response_mask", "entropy", "values", "returns")
+        mine = torch.stack([experience[name].float() for name in names], -1)
+        padded = self.accelerator.pad_across_processes(mine, dim=1)
+        mask, entropy, values, returns = self.accelerator.gather(padded).unbind(-1)
+        mask = mask.bool()
+        correction = int(mask.sum() > 1)  # a single number has a variance of 0, not NaN
+        unexplained = (returns - values)[mask].var(correction=correction)
+        variance = returns[mask].var(correction=correction)
+        return {
+            "entropy": objectives.masked_mean(entropy, mask),
+            "explained_variance": 1 - unexplained / variance.clamp(min=1e-8),
+        }
+
     def _log_update(self, out, inputs, policy, value, gated: bool) -> None:
-        mask = inputs["response_mask"]
-        moved = (out["logprobs"] - inputs["logprobs"]).detach().abs()
         figures = {
-            "policy_loss": policy.detach(),
-            "value_loss": value.detach(),
-            "log_ratio": objectives.masked_mean(moved, mask),
+            "policy_loss": float(policy.detach()),
+            "value_loss": float(value.detach()),
+            "log_ratio": float(log_ratio(out, inputs)),
             "gated": float(gated),
         }
+        self._check_figures(figures)
         for name, figure in figures.items():
-            figure = float(figure)
+            self._metrics[name].append(figure)
+
+    def _check_figures(self, figures: dict[str, float]) -> None:
+        """Raise FloatingPointError for one that is not finite, or too large a ratio."""
+        step, limit = self.state.global_step, self.args.log_ratio_limit
+        for name, figure in figures.items():
             if not math.isfinite(figure):
                 raise FloatingPointError(
-                    f"{name} is {figure} at step {self.state.global_step}: the run "
-                    "stopped; the last checkpoint is intact. Lower the learning rate or "
-                    "raise apa_lambda"
+                    f"{name} is {figure} at step {step}: the run stopped; "
+                    + self._way_out()
                 )
-            self._metrics[name].append(figure)
-        if figures["log_ratio"] > self.args.log_ratio_limit:
+        if figures["log_ratio"] > limit:
             raise FloatingPointError(
                 f"log_ratio, mean |log π − log π_old|, is {figures['log_ratio']:.1f} at "
-                f"step {self.state.global_step}, above log_ratio_limit="
-                f"{self.args.log_ratio_limit}: the policy left its samples; the last "
-                "checkpoint is intact. Lower the learning rate or raise apa_lambda"
+                f"step {step}, above log_ratio_limit={limit}: the policy left its "
+                f"samples; {self._way_out()}"
             )
+
+    def _way_out(self) -> str:
+        found = last_complete(self.args.output_dir)
+        left = (
+            f"the newest good checkpoint is {found.name}"
+            if found
+            else ("there is no good checkpoint yet")
+        )
+        return f"{left}. Lower the learning rate or raise apa_lambda"
 
     def _keep_samples(self, iteration: int, rollout: Rollout, scores: Tensor) -> None:
         """Append a few responses to samples.jsonl, for people to read."""
@@ -774,9 +882,14 @@ class APATrainer(WrappedModelTrainer):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of what was gathered since the last log."""
+        """Add the means of what was gathered since the last log, over processes, too."""
         means = {k: sum(v) / len(v) for k, v in self._metrics.items()}
         self._metrics.clear()
+        if means and self.accelerator.num_processes > 1:
+            # Each process has as many responses and minibatches as the others.
+            mine = torch.tensor(list(means.values()), dtype=torch.float64)
+            every = self.accelerator.reduce(mine.to(self.accelerator.device), "mean")
+            means = dict(zip(means, every.tolist(), strict=True))
         super().log({**logs, **means}, start_time)
 
     # --- evaluation
@@ -818,6 +931,34 @@ class APATrainer(WrappedModelTrainer):
         if module.value_trunk is not None:
             extra["value_trunk"] = module.value_trunk
         return extra
+
+    def check_update(self) -> None:
+        """Raise FloatingPointError where the last update lost the policy.
+
+        What a forward finds before each update comes too late for what the one before has
+        saved, and never after an iteration's last. The same in all processes; the random
+        state is left as it was.
+        """
+        if self.experience is None or self.state.global_step == 0:
+            return
+        mine = torch.stack([largest_weight(self.model), self._last_log_ratio()])
+        worst = self.accelerator.gather(mine[None]).max(0).values  # NaN if one is
+        names = ("largest_weight", "log_ratio")
+        self._check_figures(dict(zip(names, worst.tolist(), strict=True)))
+
+    def _last_log_ratio(self) -> Tensor:
+        """`log_ratio` of the last update's last minibatch, under the weights of now."""
+        args = self.args
+        iteration, update = divmod(
+            self.state.global_step - 1, args.updates_per_iteration
+        )
+        step = (update + 1) * args.gradient_accumulation_steps - 1
+        inputs = self._minibatch(iteration, step)
+        with inference(self.model, self.accelerator.autocast()):
+            out = self.model(**sampled_rows(inputs))
+        if is_sharded(self.inner_model()) or self.is_fsdp_enabled:
+            free_whole_weights(self.model)
+        return log_ratio(out, inputs)
 
     def save_progress(self, folder: Path) -> None:
         """Reward statistics, KL coefficient, and the experience still needed."""
@@ -887,11 +1028,42 @@ def fitting_prompts(
     return dataset.select(kept)
 
 
+def sampled_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a minibatch `ActorCritic` reads: the sampled responses, without PTX's."""
+    names = (*TOKEN_FIELDS, "trunk_states")
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def log_ratio(out: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    """Mean |log π − log π_old| over a minibatch's response tokens, without gradient."""
+    moved = (out["logprobs"] - inputs["logprobs"]).detach().abs()
+    return objectives.masked_mean(moved, inputs["response_mask"])
+
+
+@torch.no_grad()
+def largest_weight(module: nn.Module) -> Tensor:
+    """Largest |w| of what is trained, NaN if one is; of this process's pieces."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    pieces = [p.to_local() if hasattr(p, "to_local") else p for p in trained]
+    norms = [torch.linalg.vector_norm(x, math.inf) for x in pieces if x.numel()]
+    return torch.stack([x.float() for x in norms]).max()
+
+
 def drop_samples(path: Path, iteration: int) -> None:
     """Leave only rows of earlier iterations: a resumed run samples the others anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not splitlines: a response may hold other line separators than a newline.
-    lines = path.read_text("utf-8").split("\n") if path.exists() else []
-    rows = [line for line in lines if line.endswith("}")]  # a kill may cut the last
-    kept = [row for row in rows if json.loads(row)["iteration"] < iteration]
-    write_atomically(path, "".join(row + "\n" for row in kept).encode())
+    # Bytes, and not splitlines: a kill may cut a character, and a response may hold other
+    # line separators than a newline.
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if _is_json(last):
+        lines.append(last)
+    kept = [x for x in lines if x.strip() and json.loads(x)["iteration"] < iteration]
+    write_atomically(path, b"".join(line + b"\n" for line in kept))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

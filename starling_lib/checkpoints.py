@@ -55,11 +55,22 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def newest_complete(output_dir: str | os.PathLike) -> Path | None:
-    """Newest checkpoint with a marker; newer ones without are set aside with a message."""
+def _newest_first(output_dir: str | os.PathLike) -> list[Path]:
+    """Checkpoint folders, complete or not."""
     pattern = f"{PREFIX_CHECKPOINT_DIR}-*"
     folders = [p for p in Path(output_dir).glob(pattern) if p.name[-1].isdigit()]
-    for folder in sorted(folders, key=step_of, reverse=True):
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def last_complete(output_dir: str | os.PathLike) -> Path | None:
+    """Newest checkpoint with a marker; nothing is touched."""
+    marked = [p for p in _newest_first(output_dir) if (p / MARKER).exists()]
+    return marked[0] if marked else None
+
+
+def newest_complete(output_dir: str | os.PathLike) -> Path | None:
+    """Newest checkpoint with a marker; newer ones without are set aside with a message."""
+    for folder in _newest_first(output_dir):
         if (folder / MARKER).exists():
             return folder
         aside = folder.with_name(f"incomplete-{folder.name}-{os.getpid()}")
@@ -113,11 +124,17 @@ class WrappedModelTrainer(Trainer):
         """Modules saved beside the inner model, by file name; none by default."""
         return {}
 
+    def check_update(self) -> None:
+        """Raise for weights that must not be saved, in all processes alike; never here."""
+
     def save_progress(self, folder: Path) -> None:
         """Write what a checkpoint needs beyond model and optimiser; nothing by default."""
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
+        """Train; `resume_from_checkpoint=True` takes the newest complete checkpoint.
+
+        Raises what `check_update` raises, also after the last update.
+        """
         if resume_from_checkpoint is True:
             # One process sets folders aside; the others then find them gone.
             with self.accelerator.main_process_first():
@@ -129,7 +146,12 @@ class WrappedModelTrainer(Trainer):
                 "at loading. Load the checkpoint as the model of a new run instead, with "
                 "another output_dir"
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        # The best model, where it was loaded in the end, was checked when it was saved.
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        if not best:
+            self.check_update()
+        return result
 
     def _save(self, output_dir=None, state_dict=None):
         """Save; `state_dict` is given where an engine has gathered the module's weights."""
@@ -195,6 +217,7 @@ class WrappedModelTrainer(Trainer):
         folder = Path(self.args.output_dir) / name
         if self.args.should_save:  # a folder of an earlier run is no longer complete
             (folder / MARKER).unlink(missing_ok=True)
+        self.check_update()
         super()._save_checkpoint(model, trial)
         self.save_progress(folder)
         self.accelerator.wait_for_everyone()

@@ -365,12 +365,17 @@ def _check_rewardbench(rows: pd.DataFrame | Iterable[Mapping]) -> pd.DataFrame:
             f"no column {missing[0]!r} in the scored rows, which have "
             f"{', '.join(map(str, frame.columns)) or 'none'}; add it"
         )
-    if len(unknown := frame.index[~frame["subset"].isin(_SUBSETS)]):
-        raise ValueError(
-            f"row {unknown[0]!r}: subset {frame.loc[unknown[0], 'subset']!r} is none of "
-            f"RewardBench's ({', '.join(_SUBSETS)}); leave such rows out"
-        )
+    check_subsets(frame["subset"])
     return frame[columns].dropna()
+
+
+def check_subsets(subsets: pd.Series) -> None:
+    """Raise ValueError, naming the row, on a subset that is not RewardBench's."""
+    for row, subset in subsets[~subsets.isin(_SUBSETS)].items():
+        raise ValueError(
+            f"row {row!r}: subset {subset!r} is none of RewardBench's "
+            f"({', '.join(_SUBSETS)}); leave such rows out"
+        )
 
 
 # --- pairs

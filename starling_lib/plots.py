@@ -137,17 +137,17 @@ def scores_by_rank(
 
 
 def _by_gap(scores: np.ndarray) -> pd.DataFrame:
-    """Accuracy (`estimate`) and number of pairs (`n`) by gap 1 … K-1 of (N, K) scores."""
+    """Accuracy and number of pairs (`n`) by gap 1 … K-1 of (N, K) scores."""
     from starling_lib import metrics  # which loads torch; most figures do without
 
-    # The intervals are not drawn, so two resamples do.
-    table = metrics.accuracy_by_gap(scores, resamples=2)
-    return table[["estimate", "n"]].reindex(range(1, scores.shape[1]))
+    return metrics.accuracy_by_gap(scores).reindex(range(1, scores.shape[1]))
 
 
 @styled
 def accuracy_by_gap(scores: np.ndarray, lengths: np.ndarray | None = None) -> Figure:
     """Accuracy on pairs 1, 2, … K-1 ranks apart, with the "longer wins" rule beside it.
+
+    Upright lines are the model's 95 % bootstrap intervals over prompts.
 
     Args:
         scores: (N, K) scores, responses best first, NaN where a row has fewer than K.
@@ -158,6 +158,7 @@ def accuracy_by_gap(scores: np.ndarray, lengths: np.ndarray | None = None) -> Fi
     figure = new_figure()
     ax = figure.subplots()
     ax.plot(model["estimate"], "o-", color=BLUE, label="reward model")
+    ax.vlines(model.index, model["low"], model["high"], color=BLUE, linewidth=1.2)
     if lengths is not None:
         lengths = np.where(np.isnan(scores), np.nan, np.asarray(lengths, dtype=float))
         ax.plot(_by_gap(lengths)["estimate"], "s--", color=GREY, label="longer wins")

@@ -23,6 +23,11 @@ from starling_lib.scoring import encode_response, reads_last_token, score_respon
 from starling_lib.trunk import shared_layers, split_trunk
 
 RewardFunction = PreTrainedModel | Callable[..., Sequence[float]]
+# What to do about a value that is no reward, by where it came from.
+FUNCTION_HINT = "return one finite number (float32) for each sample"
+MODEL_HINT = (
+    "the model's weights are not finite, or overflow: try STARLING_PRECISION=fp32"
+)
 
 
 class RewardOnTrunk:
@@ -69,11 +74,11 @@ class RewardSum:
 
     def __init__(
         self,
-        functions: RewardFunction | list[RewardFunction],
+        functions: RewardFunction | Sequence[RewardFunction],
         tokenizers: Sequence[PreTrainedTokenizerBase | None] | None = None,
         weights: Sequence[float] | None = None,
     ):
-        self.functions = functions if isinstance(functions, list) else [functions]
+        self.functions = _listed(functions)
         self.tokenizers = list(tokenizers or [None] * len(self.functions))
         self.weights = weights or [1.0] * len(self.functions)
         if not len(self.functions) == len(self.tokenizers) == len(self.weights):
@@ -142,12 +147,16 @@ class RewardSum:
         """(N,) scores of every function, in order; their means are kept for logs."""
         told = []
         for i, function in enumerate(self.functions):
-            if known and i in known:
-                scores = self._completed(i, known[i], rollout)
-            else:
-                scores = self._call(function, self.tokenizers[i], prompts, rollout)
             name = getattr(function, "__name__", type(function).__name__)
-            self.last_means[f"rewards/{i}_{name}"] = scores.mean().item()
+            name = f"rewards/{i}_{name}"
+            if known and i in known:
+                values = self._completed(i, known[i], rollout)
+            else:
+                values = self._call(i, name, prompts, rollout)
+            is_model = isinstance(function, PreTrainedModel)
+            hint = MODEL_HINT if is_model else FUNCTION_HINT
+            scores = checked_scores(values, rollout, name, hint)
+            self.last_means[name] = scores.mean().item()
             told.append(scores)
         return told
 
@@ -161,7 +170,9 @@ class RewardSum:
             scores[rows] = score_responses(model, tokenizer, *texts)
         return scores
 
-    def _call(self, function, tokenizer, prompts: Dataset, rollout: Rollout) -> Tensor:
+    def _call(self, i: int, name: str, prompts: Dataset | None, rollout: Rollout):
+        """What a function or a model, `name` in the logs, says; not checked yet."""
+        function, tokenizer = self.functions[i], self.tokenizers[i]
         if isinstance(function, PreTrainedModel):
             return score_responses(
                 function, tokenizer, rollout.prompts, rollout.texts, rollout.finished
@@ -174,16 +185,28 @@ class RewardSum:
         known = inspect.signature(function).parameters
         if "completion_finished" in known:
             columns["completion_finished"] = rollout.finished.tolist()
-        name = getattr(function, "__name__", "reward")
         columns |= {"prompts": rollout.prompts, "completions": completions}
         try:
-            values = function(**columns)
+            return function(**columns)
         except Exception as error:
             raise RuntimeError(
                 f"{name} raised {type(error).__name__}: {error}; "
                 + _failing_sample(function, columns, rollout)
             ) from error
-        return checked_scores(values, rollout, name)
+
+
+def _listed(functions) -> list[RewardFunction]:
+    """One reward function or a sequence of them as a list; TypeError where one is none."""
+    several = isinstance(functions, Sequence) and not isinstance(functions, str)
+    functions = list(functions) if several else [functions]
+    for i, function in enumerate(functions):
+        if not callable(function):
+            raise TypeError(
+                f"reward function {i} is {function!r}: give a reward model "
+                "(`load_reward_model` reads a name or folder) or a function "
+                "f(prompts, completions, **columns)"
+            )
+    return functions
 
 
 def _failing_sample(function, columns: dict, rollout: Rollout) -> str:
@@ -201,17 +224,46 @@ def _shown(rollout: Rollout, i: int) -> str:
     return f"sample {i}: prompt {prompt[:200]!r}, response {rollout.texts[i][:200]!r}"
 
 
-def checked_scores(values, rollout: Rollout, name: str) -> Tensor:
-    """Reward values as (N,) float32, or a ValueError that shows the offending sample."""
-    values = list(values)
+def _number(value) -> float:
+    """A reward as a float, NaN where it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
+
+
+def _told(value) -> str:
+    """A value as an error message names it, at most 100 characters."""
+    return (repr(value) if isinstance(value, str) else f"{value}")[:100]
+
+
+def checked_scores(
+    values, rollout: Rollout, name: str, hint: str = FUNCTION_HINT
+) -> Tensor:
+    """Reward values as (N,) float32, or a ValueError that shows the offending sample.
+
+    `name`: of the reward; `hint`: what to do about a value that is not finite.
+    """
+    try:
+        values = list(values)
+    except TypeError as error:
+        forgotten = "; is a `return` missing?" if values is None else ""
+        raise ValueError(
+            f"{name} returned {_told(values)} for {len(rollout)} samples: it must "
+            f"return a list of one number for each{forgotten}"
+        ) from error
     if len(values) != len(rollout):
         raise ValueError(
             f"{name} returned {len(values)} rewards for {len(rollout)} samples"
         )
-    for i, value in enumerate(values):
-        if value is None or not math.isfinite(float(value)):
-            raise ValueError(f"{name} returned {value} for {_shown(rollout, i)}")
-    return torch.tensor([float(v) for v in values])
+    # By way of float64: what float32 cannot hold becomes infinite, and is named, too.
+    scores = torch.tensor([_number(v) for v in values], dtype=torch.float64).float()
+    if bad := (~scores.isfinite()).nonzero().flatten().tolist():
+        i = bad[0]
+        raise ValueError(
+            f"{name} returned {_told(values[i])} for {_shown(rollout, i)}; {hint}"
+        )
+    return scores
 
 
 class RunningMoments:

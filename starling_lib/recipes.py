@@ -26,7 +26,11 @@ from starling_lib.journal import write_atomically
 from starling_lib.publish import KNOWN_DATA, report_figures, save_reward_card
 from starling_lib.rankings import data_path, load_rankings
 from starling_lib.reports import reward_report
-from starling_lib.reward import KwiseRewardConfig, KwiseRewardTrainer
+from starling_lib.reward import (
+    KwiseRewardConfig,
+    KwiseRewardTrainer,
+    several_responses,
+)
 
 # Modules whose code decides the weights: a change in one makes artefacts anew.
 TRAINING_CODE = [
@@ -297,7 +301,7 @@ def report_reward_model(
     if not trainer.is_world_process_zero():
         return None
     lengths, ranks = held_out.label_ids
-    sources = rankings["source"]
+    sources = rankings.select(several_responses(rankings))["source"]
     return reward_report(held_out.predictions, lengths, sources, folder, ranks)
 
 

@@ -35,7 +35,14 @@ from starling_lib.chat import (
 SCORE_POSITIONS = ("attention_mask", "released")
 RELEASED_LENGTH = 2048
 # Starling's policy code and the reward model's card wrote one conversation differently.
-RELEASED_TEMPLATES = {"policy": LLAMA2_TEMPLATE, "card": LLAMA2_CARD_TEMPLATE}
+# The card's example has `<s>` in its text, to which its tokenizer adds BOS: two in all.
+RELEASED_TEMPLATES = {
+    "policy": LLAMA2_TEMPLATE,
+    "card": LLAMA2_CARD_TEMPLATE,
+    "card_two_bos": LLAMA2_CARD_TEMPLATE.replace(
+        "{{ bos_token }}", "{{ bos_token }}<s>", 1
+    ),
+}
 LLAMA2_CHAT = "meta-llama/Llama-2-7b-chat-hf"
 # For a folder without config.json: the card takes the base model's.
 LLAMA2_7B = {
@@ -91,7 +98,9 @@ def load_starling_tokenizer(
 
     Padding is <unk>, on the right; long texts lose their beginning. The chat template
     writes BOS once and follows `style`: "policy" (`[INST] u [/INST] a</s>`) or "card"
-    (`[INST] u </s> [/INST] a</s>`). Raises ValueError on another style or tokenizer.
+    (`[INST] u </s> [/INST] a</s>`); "card_two_bos" is the card to the token, whose code
+    gives a text that begins with `<s>` to a tokenizer that puts BOS (starling.md §1.3).
+    Raises ValueError on another style or tokenizer.
     """
     template = _template(style)
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -109,7 +118,8 @@ def load_starling_tokenizer(
 def released_text(messages: list[Message], style: str = "policy") -> str:
     """A conversation as the released models read it, for a tokenizer that puts BOS.
 
-    The card's own example also has `<s>` in its text, and so two BOS; here it is one.
+    The card's own example also has `<s>` in its text, and so two BOS: that is
+    "card_two_bos", as in `load_starling_tokenizer`; elsewhere it is one.
     """
     return render(messages, _template(style), add_generation_prompt=False)
 

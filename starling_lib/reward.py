@@ -4,6 +4,7 @@ Knows: rankings, a model that scores, the loss between them. Does not know: poli
 it is made of stands in `losses`, `metrics` and `scoring`; their names are here too.
 """
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,7 @@ from starling_lib.scoring import (
     encode_response,
     reward_tokenizer,
     score_responses,
+    score_rewardbench,
 )
 from starling_lib.sharding import is_sharded
 from starling_lib.trunk import TrunkCache, add_adapters, freeze_below
@@ -67,6 +69,7 @@ __all__ = [
     "reward_tokenizer",
     "rewardbench_scores",
     "score_responses",
+    "score_rewardbench",
 ]
 
 LOSSES = {
@@ -202,6 +205,7 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         _check_table(eval_dataset)
         tables = (eval_dataset,) if is_stream else (train_dataset, eval_dataset)
         self.responses = _most_responses(*tables)
+        self.eval_rankings = eval_dataset
         # The split is verified when it is made, which only the cache has a use for.
         cached = args.cache_trunk and not is_sharded(model)
         split_at = args.num_layers_unfrozen if cached else None
@@ -241,8 +245,9 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         found = batch["ends"].shape[1]
         width = max(self.responses, found)
         batch["ends"] = F.pad(batch["ends"], (0, width - found), value=-1)
-        for name in ("lengths", "ranks"):
-            values = [row[name] + [0] * width for row in rows]
+        # A missing rank is NaN: zeros would be taken for ranks better than the first.
+        for name, fill in (("lengths", 0), ("ranks", math.nan)):
+            values = [row[name] + [fill] * width for row in rows]
             batch[name] = torch.tensor([x[:width] for x in values])
         batch["weight"] = torch.tensor([row["weight"] for row in rows])
         if self.trunk_cache is not None:
@@ -292,13 +297,20 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         return loss, scores, (inputs["lengths"], inputs["ranks"])
 
     def score_rankings(self, dataset: Dataset | None = None) -> Tensor:
-        """(rows, K) scores, best-ranked first, of raw rankings (default: eval set)."""
-        rows = self.eval_dataset
+        """(rows, K) scores, best-ranked first, of raw rankings (default: eval set).
+
+        NaN where there is no such response, and in rows of a single one: left out.
+        """
+        rows, rankings = self.eval_dataset, self.eval_rankings
         if dataset is not None:
             _check_table(dataset)
             self.responses = max(self.responses, _most_responses(dataset))
             rows = _encode_rows(dataset, self.processing_class, self.args.max_length)
-        return torch.as_tensor(self.predict(rows).predictions)
+            rankings = dataset
+        found = torch.as_tensor(self.predict(rows).predictions)
+        scores = found.new_full((len(rankings), found.shape[1]), torch.nan)
+        scores[several_responses(rankings)] = found
+        return scores
 
 
 def _loss_function(args: KwiseRewardConfig):
@@ -341,8 +353,9 @@ def _open_cache(args, scorer: RankingScorer, *datasets) -> TrunkCache | None:
     number_format = {"no": "fp32"}.get(args.mixed_precision, args.mixed_precision)
     half, limit = scorer.frozen_half, args.trunk_cache_gb
     cache = TrunkCache(folder, half, limit, number_format)
-    rows = [ids for data in datasets if data is not None for ids in data["input_ids"]]
-    cache.check_size(sum(map(len, rows)))
+    # Counted by where the rows end: all their tokens would fill the memory.
+    tables = [data for data in datasets if data is not None]
+    cache.check_size(sum(ends[-1] + 1 for data in tables for ends in data["ends"]))
     return cache
 
 
@@ -350,6 +363,12 @@ def _most_responses(*datasets: Dataset | None) -> int:
     """The largest K in the data sets; `ends` are padded to it so that batches agree."""
     sets = [d for d in datasets if d is not None]
     return max((len(r) for d in sets for r in d["responses"]), default=0)
+
+
+def several_responses(rankings: Dataset) -> list[int]:
+    """Numbers of the rows that a trainer keeps: those with two responses or more."""
+    responses = enumerate(rankings["responses"])
+    return [i for i, texts in responses if len(texts) > 1]
 
 
 def _encode_rows(dataset: Dataset | None, tokenizer, max_length: int) -> Dataset | None:

@@ -5,15 +5,17 @@ not know: rankings' meaning, training.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.generation import right_pad
+from starling_lib.metrics import check_subsets, rewardbench_scores
 from starling_lib.models import inference, reward_head
 from starling_lib.prefix import pack_ranking
 from starling_lib.released import RELEASED_LENGTH, SCORE_POSITIONS
@@ -96,6 +98,65 @@ def score_responses(
     read = partial(reward_head, model)
     rows = (tokenizer, prompts, responses, finished)
     return _read_responses(model, rows, read, batch_size, progress, score_position)
+
+
+def score_rewardbench(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: pd.DataFrame | Iterable[Mapping],
+    batch_size: int = 16,
+    progress: bool = False,
+    score_position: str | None = None,
+) -> pd.DataFrame:
+    """The table of `rewardbench_scores` for a model, from RewardBench's own rows.
+
+    `rows` (arXiv 2403.13787; allenai/reward-bench): `prompt` (a text, or messages that
+    the responses answer), `chosen` and `rejected` (texts), `subset`; other fields are
+    ignored. The rest is as in `score_responses`. Raises ValueError, naming row and
+    field, before anything is scored.
+    """
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    prompts = _check_pairs(frame)
+    sides = [list(frame[name]) for name in ("chosen", "rejected")]
+    options = {"batch_size": batch_size, "progress": progress}
+    options |= {"score_position": score_position}
+    scores = score_responses(model, tokenizer, prompts * 2, sum(sides, []), **options)
+    chosen, rejected = scores[: len(frame)], scores[len(frame) :]
+    scored = {"chosen_score": chosen.numpy(), "rejected_score": rejected.numpy()}
+    return rewardbench_scores(frame[["subset"]].assign(**scored))
+
+
+def _check_pairs(frame: pd.DataFrame) -> list[Messages]:
+    """The prompts of RewardBench's rows as messages; ValueError on a malformed field."""
+    for name in ("prompt", "chosen", "rejected", "subset"):
+        if name not in frame:
+            found = ", ".join(map(str, frame.columns)) or "none"
+            raise ValueError(f"no field {name!r} in the rows, which have {found}")
+    check_subsets(frame["subset"])
+    for name in ("chosen", "rejected"):
+        for row, text in frame[name].items():
+            if not isinstance(text, str):
+                raise ValueError(f"row {row!r}: {name!r} is {text!r}, expected a text")
+    return [_as_messages(row, prompt) for row, prompt in frame["prompt"].items()]
+
+
+def _as_messages(row: object, prompt: object) -> Messages:
+    """A prompt, a text or messages, as messages; ValueError on anything else."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    fields = ("role", "content")
+    messages = list(prompt) if isinstance(prompt, Iterable) else []
+    whole = all(
+        isinstance(message, Mapping)
+        and all(isinstance(message.get(field), str) for field in fields)
+        for message in messages
+    )
+    if not messages or not whole:
+        raise ValueError(
+            f"row {row!r}: 'prompt' is {prompt!r}, expected a text or messages "
+            "{'role': …, 'content': …}"
+        )
+    return messages
 
 
 def response_features(

@@ -20,20 +20,46 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     """Runs of a JSON-lines file, one a row, in the order in which they ended.
 
     A last line that a kill cut off is left out: that run is made again. Raises ValueError
-    when a line lacks a key, or when a run stands twice.
+    that names a line which is no run or lacks a key, or a run that stands twice.
     """
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    runs = [json.loads(line) for line in lines if line.endswith("}")]
-    for number, run in enumerate(runs, 1):
-        if missing := [key for key in RUN_KEYS if key not in run]:
-            raise ValueError(f"{path.name}, run {number}: no {', '.join(missing)}")
+    # Not `splitlines`: samples hold other characters at which it would cut their line.
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if _is_torn(lines[-1]):
+        lines.pop()
+    runs = [
+        _run_of(line, f"{path.name}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     frame = pd.DataFrame(runs, columns=None if runs else list(RUN_KEYS))
     twice = frame[frame.duplicated(list(RUN_KEYS))]
     if len(twice):
         again = ", ".join(f"{key}={twice.iloc[0][key]}" for key in RUN_KEYS)
         raise ValueError(f"{path.name}: the run {again} stands twice; remove one line")
     return frame
+
+
+def _is_torn(last: bytes) -> bool:
+    """Is what follows the last newline no whole line: nothing, or cut off by a kill?"""
+    try:
+        json.loads(last)
+    except ValueError:
+        return True
+    return False
+
+
+def _run_of(line: bytes, place: str) -> dict:
+    """A line as a run. Raises ValueError that names its place."""
+    try:
+        run = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error}); remove the line") from None
+    if not isinstance(run, dict):
+        raise ValueError(f"{place}: expected an object")
+    if missing := [key for key in RUN_KEYS if key not in run]:
+        raise ValueError(f"{place}: no {', '.join(missing)}")
+    return run
 
 
 def by_prompt(runs: pd.DataFrame, method: str, measure: str) -> np.ndarray:

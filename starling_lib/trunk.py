@@ -33,15 +33,21 @@ def freeze_below(model: PreTrainedModel, num_layers_unfrozen: int | None) -> int
     layers = model.base_model.layers
     if num_layers_unfrozen is None:
         return 0
-    if not 1 <= num_layers_unfrozen <= len(layers):
-        raise ValueError(
-            f"num_layers_unfrozen={num_layers_unfrozen}: this model has {len(layers)} "
-            "layers; give 1 to that many, or None for all parameters"
-        )
-    frozen = len(layers) - num_layers_unfrozen
+    frozen = _layers_below(model, num_layers_unfrozen)
     for module in (model.get_input_embeddings(), *layers[:frozen]):
         module.requires_grad_(False)
     return frozen
+
+
+def _layers_below(model: PreTrainedModel, num_layers_unfrozen: int) -> int:
+    """How many layers stand below the last N; ValueError outside 1 … L."""
+    layers = len(model.base_model.layers)
+    if not 1 <= num_layers_unfrozen <= layers:
+        raise ValueError(
+            f"num_layers_unfrozen={num_layers_unfrozen}: this model has {layers} "
+            "layers; give 1 to that many, or None for all parameters"
+        )
+    return layers - num_layers_unfrozen
 
 
 def split_trunk(
@@ -201,15 +207,32 @@ def add_adapters(
     """Put LoRA adapters (or another of peft's kinds) into `model`, in place.
 
     With `num_layers_unfrozen`, only into the last N layers unless the config names some.
-    Returns peft's wrapper, whose `save_pretrained` writes the adapters alone.
+    A reward model's head is trained and saved with them (task type SEQ_CLS, which a
+    config without one gets). Returns peft's wrapper, whose `save_pretrained` writes the
+    adapters alone. Raises ValueError on N outside 1 … L, and on another task type for a
+    reward model.
     """
     from peft import get_peft_model
 
     config = copy.deepcopy(peft_config)
-    layers = len(model.base_model.layers)
-    if num_layers_unfrozen and getattr(config, "layers_to_transform", 0) is None:
-        config.layers_to_transform = list(range(layers - num_layers_unfrozen, layers))
+    if hasattr(model, "score"):
+        _include_head(config)
+    if num_layers_unfrozen is not None:
+        below = _layers_below(model, num_layers_unfrozen)
+        if getattr(config, "layers_to_transform", 0) is None:
+            layers = range(below, below + num_layers_unfrozen)
+            config.layers_to_transform = list(layers)
     return get_peft_model(model, config)
+
+
+def _include_head(config: "PeftConfig") -> None:
+    """Have peft train and save the head: without the task type it does neither."""
+    config.task_type = config.task_type or "SEQ_CLS"
+    if config.task_type != "SEQ_CLS":
+        raise ValueError(
+            f"peft_config has task_type={config.task_type}, with which a reward model's "
+            "head is neither trained nor saved: give task_type='SEQ_CLS'"
+        )
 
 
 # --- the cache

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -21,12 +22,15 @@ from starling_lib.apa import (
     PromptBlocks,
     RewardSum,
     checked_scores,
+    drop_samples,
     fitting_prompts,
 )
+from starling_lib.checkpoints import MARKER, last_complete
 from starling_lib.generation import left_pad
 from starling_lib.models import ValueHead, tiny_model
 from starling_lib.reward import score_responses
 from starling_lib.rollouts import given_responses, sample, sequence_logprobs
+from starling_lib.served_rollouts import REASONS
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -87,6 +91,18 @@ class OnFirstStep(TrainerCallback):
         if state.global_step == 0:
             named = model.named_parameters()
             self.gradient = {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+class RateAt(TrainerCallback):
+    """Another learning rate for the update after so many steps."""
+
+    def __init__(self, step, rate):
+        self.step, self.rate = step, rate
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        if state.global_step == self.step:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
 
 
 class StopAt(TrainerCallback):
@@ -474,10 +490,24 @@ def test_samples_of_a_redone_iteration_stand_once(tokenizer, tmp_path):
     first.train()
     path = tmp_path / "samples.jsonl"
     whole = path.read_text()
-    path.write_text(whole + '{"iteration": 3, "prom')  # cut by a kill
+    torn = '{"iteration": 3, "prompt": "print {x}ü'.encode()[:-1]
+    path.write_bytes(whole.encode() + torn)  # cut by a kill, inside a character
     second = make_trainer(tmp_path, tokenizer, **arguments)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("torn", ['{"iteration": 0, "prompt": "print {x}', '{"iter'])
+def test_only_a_torn_last_sample_is_dropped(tmp_path, torn):
+    """Also one that ends as a whole one does; a whole one may lack its newline."""
+    path = tmp_path / "samples.jsonl"
+    rows = ['{"iteration": 0, "prompt": "a\u2028b"}', '{"iteration": 1}']
+    path.write_text("\n".join([*rows, torn]), "utf-8")
+    drop_samples(path, 1)
+    assert path.read_text("utf-8") == rows[0] + "\n"
+    path.write_text(rows[0], "utf-8")
+    drop_samples(path, 1)
+    assert path.read_text("utf-8") == rows[0] + "\n"
 
 
 def test_resuming_inside_an_iteration_needs_its_experience(tokenizer, tmp_path):
@@ -895,6 +925,153 @@ def test_an_exploding_ratio_stops_the_run(tokenizer, tmp_path):
         make_trainer(
             tmp_path, tokenizer, learning_rate=3.0, log_ratio_limit=0.3, max_steps=8
         ).train()
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (3.0, r"log_ratio, .* at step 3, above log_ratio_limit=0.3.* is checkpoint-2"),
+        (math.nan, "largest_weight is nan at step 3: .* is checkpoint-2"),
+    ],
+)
+def test_an_update_that_lost_the_policy_is_not_saved(
+    tokenizer, tmp_path, rate, message
+):
+    """The newest complete checkpoint is that of the update before; it is resumed from."""
+    changes = {"save_strategy": "steps", "save_steps": 1, "log_ratio_limit": 0.3}
+    trainer = make_trainer(tmp_path, tokenizer, **changes)
+    trainer.add_callback(RateAt(2, rate))
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+    marked = {p.parent.name for p in tmp_path.glob(f"*/{MARKER}")}
+    assert marked == {"checkpoint-1", "checkpoint-2"}
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(x.isfinite().all() for x in saved.values())
+
+    again = make_trainer(tmp_path, tokenizer, **changes)
+    again.train(resume_from_checkpoint=True)
+    whole = make_trainer(tmp_path / "whole", tokenizer)
+    whole.train()
+    assert again.state.global_step == 4 and weights_equal(again, whole)
+
+
+def test_a_first_update_that_lost_the_policy_leaves_no_checkpoint(tokenizer, tmp_path):
+    """Not even that of an earlier run, whose marker stood in the way."""
+    changes = {"save_strategy": "steps", "save_steps": 1, "log_ratio_limit": 0.3}
+    make_trainer(tmp_path, tokenizer, **changes, max_steps=1).train()
+    trainer = make_trainer(tmp_path, tokenizer, **changes, learning_rate=3.0)
+    with pytest.raises(FloatingPointError, match="there is no good checkpoint yet"):
+        trainer.train()
+    assert last_complete(tmp_path) is None
+
+
+@pytest.mark.parametrize("ptx", [0.0, 1.0])
+def test_the_last_update_is_checked_where_nothing_is_saved(tokenizer, tmp_path, ptx):
+    """With one update an iteration no forward before an update sees anything move."""
+    one_update = {"per_device_train_batch_size": 8, "num_epochs_per_rollout": 1}
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        prompts=WITH_COMPLETIONS,
+        log_ratio_limit=0.3,
+        ptx_coef=ptx,
+        max_steps=2,
+        **one_update,
+    )
+    trainer.add_callback(RateAt(1, 3.0))
+    with pytest.raises(FloatingPointError, match="log_ratio.* at step 2, above"):
+        trainer.train()
+
+
+def test_checking_before_a_save_changes_no_run(tokenizer, tmp_path):
+    """Nor the random state, which dropout in training would move."""
+    states = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            states.append(torch.get_rng_state())
+
+    for folder, strategy in (("a", "no"), ("b", "steps")):
+        trainer = make_trainer(
+            tmp_path / folder, tokenizer, save_strategy=strategy, save_steps=1
+        )
+        trainer.add_callback(Watch())
+        trainer.train()
+        states.append(trainer.inner_model().state_dict()["model.norm.weight"])
+    half = len(states) // 2
+    assert all(map(torch.equal, states[:half], states[half:]))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_spread_of_one_response_is_nothing(tokenizer, tmp_path, rows):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        rollout_batch_size=rows,
+        per_device_train_batch_size=rows,
+        max_new_tokens=1 if rows == 1 else 6,
+        max_steps=1,
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert all(math.isfinite(value) for value in log.values())
+    assert (log["reward_std"] == 0) == (rows == 1)
+
+
+def test_the_gate_opens_half_way(tokenizer, tmp_path, monkeypatch):
+    """vf above 1: the value loss alone; at 1 and below: policy + ptx + vf."""
+    values = iter([3.0, 2.0, 1.0, 0.5])
+
+    def losses(self, out, inputs):
+        zero = out["logprobs"].sum() * 0 + out["values"].sum() * 0
+        return zero + 10.0, zero + next(values)
+
+    monkeypatch.setattr(APATrainer, "_losses", losses)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        prompts=WITH_COMPLETIONS,
+        ptx_coef=2.0,
+        value_gate=1.0,
+        logging_steps=1,
+        num_epochs_per_rollout=2,
+    )
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "gated" in row]
+    assert [row["gated"] for row in logs] == [1, 1, 0, 0]
+    ptx = [2 * row["ptx_loss"] for row in logs]
+    expected = [3.0, 2.0, 1.0 + 10.0 + ptx[2], 0.5 + 10.0 + ptx[3]]
+    assert [row["loss"] for row in logs] == pytest.approx(expected, rel=1e-5)
+
+
+TRAINERS_OWN = {"epoch", "step", "learning_rate", "train_loss", "train_runtime"}
+TRAINERS_OWN |= {"train_samples_per_second", "train_steps_per_second", "total_flos"}
+
+
+def test_all_that_is_logged_is_explained(tokenizer, tmp_path):
+    """In the docstring of `APAConfig`, by its name; a server's figures, too."""
+
+    def served(*arguments, keep_after=(), **rest):
+        return sample(*arguments, **rest)
+
+    served.figures = {f"dropped_{name}": 0.0 for name in ("share", *REASONS)}
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        prompts=WITH_COMPLETIONS,
+        eval_dataset=PROMPTS.select(range(3)),
+        eval_strategy="steps",
+        eval_steps=4,
+        ptx_coef=1.0,
+        exact_kl=True,
+    )
+    trainer.sampler = served
+    trainer.train()
+    logged = {key for row in trainer.state.log_history for key in row}
+    assert logged >= {"kl_exact", "ptx_loss", "eval_reward", "dropped_share"}
+    named = set(re.findall(r"[\w/]+", APAConfig.__doc__))
+    groups = {re.sub("^rewards/.*", "rewards/", key) for key in logged}
+    assert groups - TRAINERS_OWN <= named and named >= TRAINERS_OWN
 
 
 def test_the_critic_is_trained_alone_at_first(tokenizer, tmp_path):

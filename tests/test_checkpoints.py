@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from starling_lib.checkpoints import (
     MARKER,
+    last_complete,
     machine_defaults,
     newest_complete,
     step_of,
@@ -56,6 +57,14 @@ def test_newest_complete_goes_by_number_not_by_name_or_time(tmp_path):
     make_folders(tmp_path, complete=[100, 20, 9], cut=[])
     (tmp_path / "checkpoint-notes").mkdir()
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_asking_for_the_last_complete_one_touches_nothing(tmp_path):
+    assert last_complete(tmp_path) is None
+    make_folders(tmp_path, complete=[9, 20], cut=[100])
+    before = names(tmp_path)
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-20"
+    assert names(tmp_path) == before
 
 
 def test_newer_folders_without_a_marker_are_set_aside(tmp_path, capsys):

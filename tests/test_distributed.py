@@ -52,6 +52,14 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in facts(folder)["log"] if "loss" in row]
 
 
+def rollout_figures(folder: Path) -> list[float]:
+    """What is logged of the responses themselves, iteration by iteration."""
+    names = ("reward", "reward_std", "kl", "kl_exact", "entropy", "length", "eos_rate")
+    names += ("explained_variance", "rewards/0_reward", "policy_loss", "value_loss")
+    log = [row for row in facts(folder)["log"] if "reward" in row]
+    return [row[name] for row in log for name in names]
+
+
 def largest_gap(a, b) -> float:
     assert a.keys() == b.keys()
     return max((a[k] - b[k]).abs().max().item() for k in a)
@@ -99,6 +107,8 @@ def test_apa_by_ddp_killed_and_resumed_is_apa_in_one_process(one_apa, tmp_path):
     options = (*options, "--batch", 2, "--save-steps", 3)
     two = finished_weights(tmp_path / "two", *options, processes=2)
     assert_same_training(folder, tmp_path / "two")
+    together, alone = rollout_figures(tmp_path / "two"), rollout_figures(folder)
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
     assert largest_gap(one, two) < 0.1 * STEP
     assert largest_gap(one, load_file(folder.parent / "start/model.safetensors")) > STEP
     heads = value_head(folder), value_head(tmp_path / "two")

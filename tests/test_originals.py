@@ -1,4 +1,4 @@
-"""APA as it was released, written out plainly, beside ours on the same tensors.
+"""APA and PPO as they were released, written out plainly, beside ours on the same tensors.
 
 Where the released code computes what its paper says, ours must give the same number.
 Where it has a defect (whitening over padding, EOS masked out, reward a step late, mask
@@ -7,8 +7,10 @@ off by one), the defect is shown to matter here and to be absent from ours.
 
 import pytest
 import torch
+from datasets import Dataset
 
 from starling_lib import objectives
+from starling_lib.models import tiny_model
 from starling_lib.policy_rewards import token_rewards
 from starling_lib.rollouts import predicting_states, sequence_logprobs
 
@@ -64,6 +66,77 @@ def test_the_papers_awr_on_the_same_tensors(batch):
         batch["logprobs"], batch["advantages"], batch["mask"], 2
     )
     assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_carperais_ppo_on_the_same_tensors(batch):
+    """Losses, not gains: the worse of −A·ratio and −A·(ratio clipped at 0.2).
+
+    And the worse of two squared value errors, the second with V held within 0.2 of V_old.
+    """
+    batch["logprobs"].requires_grad_()
+    batch["values"].requires_grad_()
+    mask, advantages, old_values = (
+        batch["mask"],
+        batch["advantages"],
+        batch["old_values"],
+    )
+    returns = advantages + old_values
+    ratio = ((batch["logprobs"] - batch["old"]) * mask).exp()
+    worse = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+    held = torch.clamp(batch["values"], old_values - 0.2, old_values + 0.2)
+    error = torch.max((batch["values"] - returns) ** 2, (held - returns) ** 2)
+    theirs = (worse * mask).sum() / 8, 0.5 * (error * mask).sum() / 8
+    ours = (
+        objectives.ppo_loss(batch["logprobs"], batch["old"], advantages, mask, 0.2),
+        objectives.value_loss(batch["values"], old_values, returns, mask, 0.2),
+    )
+    assert 0 < ((ratio - 1).abs() > 0.2)[mask].sum() < 8  # both cases occur
+    for found, expected, name in zip(ours, theirs, ("logprobs", "values"), strict=True):
+        assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+        slope, right = (
+            torch.autograd.grad(x, batch[name])[0] for x in (found, expected)
+        )
+        assert torch.allclose(slope, right, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "gated"), [(1.0, True), (0.1, False)])
+def test_starlings_gate_on_the_same_tensors(batch, tokenizer, tmp_path, size, gated):
+    """Above 1 the value loss is all of the loss, else the policy's is added to it."""
+    from starling_lib.apa import APAConfig, APATrainer
+
+    mask, advantages = batch["mask"], size * batch["advantages"]
+    old_values = batch["old_values"]
+    values = old_values + size * batch["values"]
+    returns, logprobs = advantages + old_values, batch["logprobs"].requires_grad_()
+    held = values.clamp(old_values - 0.2, old_values + 0.2)
+    error = torch.max((values - returns) ** 2, (held - returns) ** 2)
+    vf_loss = 0.5 * (error * mask).sum() / 8
+    policy_loss = (((logprobs - advantages - batch["old"]) * mask) ** 2).sum() / 8
+    theirs = vf_loss if vf_loss > 1 else policy_loss + vf_loss
+    assert (vf_loss > 1).item() == gated
+
+    trainer = APATrainer(
+        tiny_model(),
+        lambda completions, **columns: [0.0] * len(completions),
+        APAConfig.starling(
+            output_dir=str(tmp_path), num_layers_unfrozen=1, max_steps=1
+        ),
+        Dataset.from_list([{"prompt": [{"role": "user", "content": "go"}]}] * 64),
+        processing_class=tokenizer,
+    )
+    inputs = {
+        "logprobs": batch["old"],
+        "ref_logprobs": batch["ref"],
+        "returns": returns,
+    }
+    inputs |= {"values": old_values, "advantages": advantages, "response_mask": mask}
+    ours = trainer.compute_loss(
+        lambda **rows: {"logprobs": logprobs, "values": values},
+        {**inputs, "count": mask.sum()},
+    )
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-12)
+    (slope,) = torch.autograd.grad(ours, logprobs)
+    assert (slope[mask] == 0).all() if gated else (slope[mask] != 0).all()
 
 
 # --- the defects

@@ -99,6 +99,23 @@ def test_pessimism_needs_a_reference_from_which_good_actions_are_covered():
     assert set(bounds.argmax(1).tolist()) <= {0, 1}
 
 
+@pytest.mark.parametrize("n", [100, 1000, 10_000])
+def test_the_defaults_are_pessimistic_enough_for_the_bandit(n):
+    """Two features, as the paper counts them, and |θ₁| ≤ 2: the upset weighs more."""
+    estimates, known = bandit(n)
+    theta = torch.stack([2 * estimates[:, 1].sign(), estimates[:, 3]], 1)
+    estimates = theta @ ACTIONS[:, :2].T
+    two = Coverage(known.covariance[:2, :2], known.center[:2], n)
+    reward = PessimisticReward(None, None, two, beta=confidence_radius(n, 2))
+    unsure = reward.uncertainty(ACTIONS[:, :2])
+    by_hand = [n + n / (n - 1), n, 0, n / (n - 1)]  # without λ
+    assert np.allclose(unsure**2, by_hand, rtol=1 / n)
+    cautious = REGRET[(estimates - reward.beta * unsure).argmax(1)]
+    assert REGRET[estimates.argmax(1)].mean() > 0.2 and cautious.max() < 0.1 + 1e-9
+    if n >= 10_000:
+        assert cautious.max() < 1e-9
+
+
 def test_the_confidence_radius_shrinks_with_the_data():
     assert confidence_radius(100, 3) == pytest.approx(2 * confidence_radius(400, 3))
     assert confidence_radius(100, 3, scale=5) == 5 * confidence_radius(100, 3)
@@ -174,6 +191,28 @@ def test_directions_that_were_never_compared_are_unsure():
     assert along < 1.2 and across > 10 * along
 
 
+def test_the_default_ridge_shrinks_with_the_square_of_the_rankings():
+    matrix, center = (
+        torch.diag(torch.tensor([3.0, 1.0, 2.0, 0.0], dtype=F64)),
+        normal(4),
+    )
+    for n, ridge in ((1, 1.0), (20, 1 / 400), (1000, 1e-6), (10**8, 1e-9)):
+        known = Coverage(matrix, center, n)
+        assert torch.allclose(known.root(), known.root(ridge), rtol=1e-12)
+        assert known.root()[3, 3] == pytest.approx((1.5 * ridge) ** 0.5)
+    everywhere = Coverage(torch.ones(64, 64, dtype=F64), normal(64), 10**8)
+    assert everywhere.root().isfinite().all()  # one direction, known very well
+
+
+def test_rankings_of_identical_features_are_refused():
+    known = coverage([torch.ones(3, 4)] * 5)
+    for ridge in (None, 0.01):
+        with pytest.raises(
+            ValueError, match="all have the same features.*texts differ"
+        ):
+            known.root(ridge)
+
+
 # --- a reward model
 
 
@@ -242,9 +281,24 @@ def test_without_beta_it_is_the_reward_model(
     assert unsure.min() > 0 and unsure.std() > 0.1
 
 
+def test_the_callers_model_stays_as_it_was(reward_model, tokenizer, toy_rankings):
+    """Trainable and in training mode; the lower bounds themselves carry no gradient."""
+    reward_model.train().requires_grad_(True)
+    reward = PessimisticReward(reward_model, tokenizer, beta=0.3).fit(
+        toy_rankings, False
+    )
+    features = reward.features(toy_rankings["prompt"], ["aa"] * 10)
+    bounds = reward.lower_bounds(toy_rankings["prompt"], ["aa"] * 10)
+    for found in (features, reward.scores(features), bounds):
+        assert not found.requires_grad
+    assert reward_model.training
+    assert all(p.requires_grad for p in reward_model.parameters())
+
+
 def test_what_was_never_ranked_is_trusted_less(pessimistic, toy_rankings):
     prompts, completions = conversations(toy_rankings)
     texts = [c[0]["content"] for c in completions]
+    pessimistic.reference = "mean"  # from zero, what all texts share hides the rest
     strange = ["\x01\x02\x03 ZZZ {}"] * len(texts)
     known, unknown = (
         pessimistic.uncertainty(pessimistic.features(prompts, each)).mean()
@@ -296,16 +350,18 @@ def test_a_new_fit_replaces_the_old_one(pessimistic, toy_rankings):
     assert not torch.allclose(pessimistic.uncertainty(features), before)
 
 
-@pytest.mark.parametrize("reference", ["zero", "tensor"])
-def test_saved_and_read_again(pessimistic, toy_rankings, tmp_path, reference):
+@pytest.mark.parametrize(
+    ("reference", "ridge"), [("zero", None), ("mean", 0.01), ("tensor", 0.1)]
+)
+def test_saved_and_read_again(pessimistic, toy_rankings, tmp_path, reference, ridge):
     given = torch.linspace(0, 1, 64) if reference == "tensor" else reference
-    pessimistic.reference = given
+    pessimistic.reference, pessimistic.ridge = given, ridge
     pessimistic.save(tmp_path)
     prompts, completions = conversations(toy_rankings)
     again = PessimisticReward.load(tmp_path)
     expected = pessimistic(prompts, completions)
     assert again(prompts, completions) == pytest.approx(expected, abs=1e-5)
-    assert (again.beta, again.ridge, again.coverage.rankings) == (0.3, 0.01, 10)
+    assert (again.beta, again.ridge, again.coverage.rankings) == (0.3, ridge, 10)
     assert PessimisticReward.load(tmp_path, beta=0.0).beta == 0.0
     assert not list(tmp_path.glob("*.tmp"))
     plain = load_reward_model(tmp_path)  # still an ordinary reward model

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from starling_lib.actor_critic import ActorCritic
 from starling_lib.models import inference
+from starling_lib.pessimism import PessimisticReward
 from starling_lib.policy_rewards import (
     KLCoefficient,
     RewardScale,
     RewardSum,
     RunningMoments,
+    checked_scores,
     retokenised,
     token_rewards,
 )
@@ -211,3 +213,102 @@ def test_layers_that_cannot_be_compared_are_not_shared(policy, reward_model):
         for parameter in model.parameters():
             parameter.data = torch.empty(0)
     assert shared_layers(trunk, reward_model.base_model) == 0
+
+
+# --- several rewards, and what is none
+
+
+def shortness(prompts, completions, **columns):
+    return [-float(len(completion[0]["content"])) for completion in completions]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_a_function_and_a_lower_bound_are_told_apart_and_summed(
+    fp32, policy, reward_model, tokenizer, toy_rankings, rollout, shared
+):
+    """The model read from texts or on the policy's trunk, the others as ever."""
+    other = copy.deepcopy(reward_model)
+    other.score.weight.data.mul_(-1)
+    bound = PessimisticReward(other, tokenizer, beta=0.3).fit(toy_rankings, False)
+    rewards = RewardSum(
+        [reward_model, shortness, bound], [tokenizer, None, None], [1.0, 0.5, -2.0]
+    )
+    known = None
+    if shared:
+        actor = ActorCritic(policy, num_layers_unfrozen=1)
+        rewards.share_trunk(actor.frozen_trunk)
+        known = on_trunk(rewards, actor, rollout)
+        assert list(known) == [0]
+    asked = rollout.prompts, rollout.texts, rollout.finished
+    model = score_responses(reward_model, tokenizer, *asked)
+    short = -torch.tensor([float(len(text)) for text in rollout.texts])
+    lower = bound.lower_bounds(*asked).float()
+    assert rollout.finished.tolist() == [True, False, True]  # all but one told as ended
+    assert torch.allclose(
+        rewards(None, rollout, known), model + 0.5 * short - 2 * lower, atol=1e-4
+    )
+    told = {"0_LlamaForSequenceClassification": model, "1_shortness": short}
+    told["2_pessimistic_reward"] = lower
+    assert rewards.last_means == {
+        f"rewards/{name}": pytest.approx(each.mean().item(), abs=1e-4)
+        for name, each in told.items()
+    }
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_reward_model_that_says_nan_is_named_at_once(
+    policy, reward_model, tokenizer, rollout, shared
+):
+    """Not when its NaN has come through running statistics to the loss."""
+    reward_model.score.weight.data[0, 0] = math.nan
+    rewards = RewardSum([shortness, reward_model], [None, tokenizer])
+    known = None
+    if shared:
+        actor = ActorCritic(policy, num_layers_unfrozen=1)
+        rewards.share_trunk(actor.frozen_trunk)
+        known = on_trunk(rewards, actor, rollout)
+        assert list(known) == [1]
+    name = "rewards/1_LlamaForSequenceClassification"
+    with pytest.raises(ValueError, match=f"{name} returned nan for sample 0.*weights"):
+        rewards(None, rollout, known)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "judge returned None for 3 samples: .* list .*`return` missing"),
+        (0.5, r"judge returned 0.5 for 3 samples: .* list of one number for each$"),
+        (torch.tensor(0.5), "judge returned 0.5 for 3 samples: .* list"),
+        (["1", "a", "b"], "judge returned 'a' for sample 1: prompt 'one, two'.*finite"),
+        ([1.0, [2.0], 3.0], r"judge returned \[2.0\] for sample 1"),
+        ([1.0, 2.0, 1e39], r"judge returned 1e\+39 for sample 2.*float32"),
+        (torch.tensor([1.0, math.nan, 2.0]), "judge returned nan for sample 1"),
+        (torch.zeros(3, 2), "judge returned .* for sample 0"),
+    ],
+    ids=str,
+)
+def test_what_is_no_reward_is_named_with_the_function(rollout, values, message):
+    with pytest.raises(ValueError, match=message):
+        checked_scores(values, rollout, "judge")
+
+
+def test_numbers_of_every_kind_are_rewards(rollout):
+    kinds = [[1, True, np.float64(1)], torch.ones(3, 1), np.ones(3, dtype=int)]
+    for values in (*kinds, (x for x in (1, 1, 1)), ("1", "1.0", 1.0)):
+        found = checked_scores(values, rollout, "judge")
+        assert found.tolist() == [1, 1, 1] and found.dtype == torch.float32
+
+
+def test_any_sequence_of_functions_is_several_rewards(rollout):
+    def one(completions, **columns):
+        return [1.0] * len(completions)
+
+    assert RewardSum((shortness, one))(None, rollout).tolist() == [
+        1.0 - len(text) for text in rollout.texts
+    ]
+
+
+@pytest.mark.parametrize("functions", ["a/folder", ["a/folder"], None, (shortness, 3)])
+def test_what_cannot_be_called_is_refused_before_any_sampling(functions):
+    with pytest.raises(TypeError, match="reward function [01] is .*load_reward_model"):
+        RewardSum(functions)

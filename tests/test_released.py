@@ -19,7 +19,7 @@ from starling_lib.released import (
     load_starling_tokenizer,
     released_text,
 )
-from starling_lib.scoring import score_responses
+from starling_lib.scoring import encode_as_released, score_responses
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -369,6 +369,28 @@ def test_the_tokenizer_renders_the_same_with_one_bos(style, llama_tokenizer):
     assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "left")
     template = {"policy": LLAMA2_TEMPLATE, "card": LLAMA2_CARD_TEMPLATE}[style]
     assert tokenizer.chat_template == template
+
+
+def test_the_cards_own_text_begins_with_two_bos(llama_tokenizer):
+    """Its code: `<s>` in the text, cut on the left at 2048, BOS by the tokenizer."""
+    tokenizer = load_starling_tokenizer(llama_tokenizer, "card_two_bos")
+    for user in ("Hello?", "long " * 450):
+        messages = [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": "Hi"},
+        ]
+        card = f"<s>[INST] {user} </s> [/INST] Hi</s>"
+        assert released_text(messages, "card_two_bos") == card
+        expected = tokenizer(card, truncation=True, max_length=2048)["input_ids"]
+        assert encode_as_released(tokenizer, messages) == expected
+        begin = [BOS, BOS] if user == "Hello?" else [BOS, expected[1]]
+        assert expected[:2] == begin and expected.count(BOS) == begin.count(BOS)
+    once = load_starling_tokenizer(llama_tokenizer, "card")
+    short = [{"role": "user", "content": "hi"}]
+    one, two = (
+        t.apply_chat_template(short, return_dict=False) for t in (once, tokenizer)
+    )
+    assert two == [BOS, *one]
 
 
 def test_a_tokenizer_without_unk_is_refused(llama_tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -20,8 +21,11 @@ from transformers import (
 )
 from trl.data_utils import apply_chat_template
 
+from starling_lib import reward
+from starling_lib.metrics import response_table
 from starling_lib.models import load_reward_model
 from starling_lib.prefix import RankingScorer
+from starling_lib.recipes import report_reward_model
 from starling_lib.reward import (
     KwiseRewardConfig,
     KwiseRewardTrainer,
@@ -29,6 +33,7 @@ from starling_lib.reward import (
     pairwise_loss,
     score_responses,
 )
+from starling_lib.trunk import freeze_below
 from tests.conftest import toy_rows
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -181,6 +186,39 @@ def test_scoring_rows_with_more_responses_than_training_had(
     ragged = [{**few[0]}, {**toy_rankings[1], "finished": None}]
     scores = trainer.score_rankings(Dataset.from_list(ragged))
     assert scores.isnan().tolist() == [[False, False, True, True], [False] * 4]
+
+
+def test_the_ranks_of_a_short_row_begin_at_one(reward_model, tokenizer, tmp_path):
+    rows = Dataset.from_list(toy_rows()[:2])
+    short = {"responses": ["a", "b"], "finished": [True, True]}
+    rows = Dataset.from_list([{**rows[0], **short}, rows[1]])
+    trainer = make_trainer(tmp_path, reward_model, tokenizer, rows, rows)
+    held_out = trainer.predict(trainer.eval_dataset)
+    table = response_table(held_out.predictions, *held_out.label_ids)
+    assert table["rank"].tolist() == [1, 2, 1, 2, 3, 4]
+
+
+def test_scores_and_report_of_rows_beside_a_single_response(
+    reward_model, tokenizer, toy_rankings, tmp_path
+):
+    rows = [
+        {**row, "source": ["even", "odd"][i % 2]} for i, row in enumerate(toy_rows())
+    ]
+    whole = make_trainer(tmp_path, reward_model, tokenizer, toy_rankings, toy_rankings)
+    rows[1] |= {"responses": ["only"], "finished": [True]}
+    table = Dataset.from_list(rows)
+    with pytest.warns(UserWarning, match="1 rows rank a single response"):
+        trainer = make_trainer(tmp_path, reward_model, tokenizer, toy_rankings, table)
+    scores = trainer.score_rankings()
+    expected = whole.score_rankings()
+    expected[1] = torch.nan
+    assert torch.allclose(scores, expected, atol=1e-5, equal_nan=True)
+    with pytest.warns(UserWarning, match="1 rows rank a single response"):
+        again = trainer.score_rankings(table)
+    assert torch.allclose(again, expected, atol=1e-5, equal_nan=True)
+    report = report_reward_model(trainer, table, tmp_path)
+    prompts = {row["group"]: row["prompts"] for row in report["by_source"]}
+    assert prompts == {"even": 5, "odd": 4}
 
 
 @pytest.mark.parametrize("loss_type", ["kwise", "pairwise"])
@@ -445,6 +483,24 @@ def test_a_cache_too_large_is_refused_before_training(
         )
 
 
+def test_the_size_of_a_cache_is_counted_without_all_tokens_in_memory(
+    reward_model, tmp_path
+):
+    rows = {"input_ids": [np.arange(1000, 6000)] * 100, "ends": [[9, 4999]] * 100}
+    table = Dataset.from_dict(rows)
+    freeze_below(reward_model, 1)
+    changes = {"cache_trunk": True, "num_layers_unfrozen": 1, "trunk_cache_gb": 1e-9}
+    args, scorer = config(tmp_path, **changes), RankingScorer(reward_model, 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="cache of 1,000,000 tokens"):
+            reward._open_cache(args, scorer, table, None, table)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5e6, "as Python numbers the tokens take 36 MB"
+
+
 # --- a stream
 
 
@@ -628,6 +684,26 @@ def test_lora_is_trained_resumed_and_read_again(
     )
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, start, atol=1e-4)
+
+
+def test_lora_without_a_task_type_trains_and_saves_a_new_head(
+    policy, tokenizer, toy_rankings, tmp_path
+):
+    policy.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = load_reward_model(tmp_path / "base", seed=7)
+    lora = LoraConfig(r=2)
+    trainer = make_trainer(
+        tmp_path, model, tokenizer, toy_rankings, peft_config=lora, max_steps=2
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    again = load_reward_model(tmp_path / "saved")
+    trained = trainer.model.reward_model
+    asked = trainer.processing_class, toy_rankings["prompt"], ["aa"] * 10
+    found, expected = (score_responses(m, *asked) for m in (again, trained))
+    assert torch.allclose(found, expected, atol=1e-6) and expected.std() > 1e-4
+    assert not torch.equal(trained.score.weight, model.score.weight)
 
 
 # --- bad input

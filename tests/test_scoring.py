@@ -2,10 +2,12 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from starling_lib.metrics import rewardbench_scores
 from starling_lib.rollouts import encode_prompt
 from starling_lib.scoring import (
     encode_as_released,
@@ -16,6 +18,7 @@ from starling_lib.scoring import (
     response_features,
     reward_tokenizer,
     score_responses,
+    score_rewardbench,
 )
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -141,6 +144,65 @@ def test_features_are_what_the_head_reads(reward_model, tokenizer, conversations
 def test_nothing_to_score(reward_model, tokenizer):
     assert score_responses(reward_model, tokenizer, [], []).shape == (0,)
     assert response_features(reward_model, tokenizer, [], []).shape == (0, 64)
+
+
+# --- RewardBench
+
+TURNS = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "ho"},
+    {"role": "user", "content": "more"},
+]
+BENCH = [
+    {"prompt": "two?", "chosen": "2", "rejected": "3 3", "subset": "math-prm", "id": 5},
+    {"prompt": TURNS, "chosen": "so", "rejected": "no", "subset": "mt-bench-easy"},
+    {"prompt": "three?", "chosen": "a b", "rejected": "c", "subset": "math-prm"},
+]
+
+
+def test_rewardbench_rows_are_scored_as_by_hand(reward_model, tokenizer):
+    prompts = [
+        row["prompt"] if i == 1 else [{"role": "user", "content": row["prompt"]}]
+        for i, row in enumerate(BENCH)
+    ]
+    scored = pd.DataFrame({"subset": [row["subset"] for row in BENCH]})
+    for side in ("chosen", "rejected"):
+        texts = [row[side] for row in BENCH]
+        scores = score_responses(reward_model, tokenizer, prompts, texts)
+        scored[f"{side}_score"] = scores.numpy()
+    wins = scored["chosen_score"] > scored["rejected_score"]
+    assert 0 < wins.sum() < 3  # neither right nor wrong throughout
+    expected = rewardbench_scores(scored)
+    for rows in (BENCH, iter(BENCH), pd.DataFrame(BENCH)):
+        table = score_rewardbench(reward_model, tokenizer, rows, batch_size=2)
+        pd.testing.assert_frame_equal(table, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": None}, "row 1: 'chosen' is (None|nan), expected a text"),
+        ({"rejected": ["a"]}, r"row 1: 'rejected' is \['a'\], expected a text"),
+        ({"prompt": []}, r"row 1: 'prompt' is \[\], expected a text or messages"),
+        (
+            {"prompt": [{"role": "user"}]},
+            "row 1: 'prompt' is .*expected a text or mess",
+        ),
+        ({"prompt": 3}, "row 1: 'prompt' is 3, expected a text or messages"),
+        ({"subset": "shp"}, "row 1: subset 'shp' is none of RewardBench's"),
+    ],
+)
+def test_malformed_rewardbench_rows_are_named(change, message):
+    rows = [BENCH[0], {**BENCH[1], **change}]
+    with pytest.raises(ValueError, match=message):
+        score_rewardbench(None, None, rows)  # before anything is scored
+
+
+def test_rewardbench_rows_without_a_field():
+    rows = [{"prompt": "hi", "chosen": "a", "subset": "math-prm"}]
+    message = "no field 'rejected' in the rows, which have prompt, chosen, subset"
+    with pytest.raises(ValueError, match=message):
+        score_rewardbench(None, None, rows)
 
 
 # --- read as the released Starling code did

@@ -1,11 +1,13 @@
 """Studies: which runs count, the gains by hand, intervals that cover."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from starling_lib.journal import line_of
 from starling_lib.statistics import crossed_interval
 from starling_lib.studies import gain, read_runs, summary
 
@@ -64,8 +66,68 @@ def test_lines_that_a_kill_cut_off_are_left_out_and_doubles_are_refused(tmp_path
     with pytest.raises(ValueError, match="method=apa, seed=0 stands twice"):
         read_runs(path)
     path.write_text('{"method": "apa"}\n')
-    with pytest.raises(ValueError, match="runs.jsonl, run 1: no seed"):
+    with pytest.raises(ValueError, match="runs.jsonl, line 1: no seed"):
         read_runs(path)
+
+
+def test_samples_may_hold_what_other_readers_take_for_an_end_of_line(tmp_path):
+    path, texts = tmp_path / "runs.jsonl", ["a\u2028b", "c\x85d", "e\x1cf\r\n"]
+    rows = [run("apa", seed=i) | {"samples": [text]} for i, text in enumerate(texts)]
+    path.write_bytes(b"".join(map(line_of, rows)))
+    found = read_runs(path)
+    assert [samples for (samples,) in found["samples"]] == texts
+
+
+def test_only_a_last_line_may_be_torn_wherever_it_was_cut(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    whole = line_of(run("apa"))
+    torn = b'{"method": "ppo", "samples": "print {x}'
+    for end in (torn, torn + "é".encode()[:1], whole[:-2]):
+        path.write_bytes(whole + end)
+        assert list(read_runs(path)["method"]) == ["apa"]
+        path.write_bytes(end + b"\n" + whole)
+        with pytest.raises(ValueError, match="runs.jsonl, line 1: not JSON"):
+            read_runs(path)
+    path.write_bytes(whole[:-1])  # whole, but for its newline
+    assert len(read_runs(path)) == 1
+    path.write_bytes(whole + b"\n[]\n")
+    with pytest.raises(ValueError, match="runs.jsonl, line 3: expected an object"):
+        read_runs(path)
+
+
+# --- the study that writes such files
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    import study_apa
+
+    monkeypatch.setattr(study_apa, "RESULTS", tmp_path / "policies.jsonl")
+    return study_apa
+
+
+def test_an_ablation_without_its_base_says_what_to_run_first(study):
+    with pytest.raises(SystemExit, match="^whitened: .* policies.jsonl .*apa-small"):
+        study.check_start(["whitened", "ppo"])
+    study.check_start(["whitened", "apa-small"])
+    study.check_start(["ppo"])
+    study.RESULTS.write_bytes(line_of(run("apa-small", 4e-5)))
+    study.check_start(["whitened"])
+    *_, ablation = study.stages(["whitened"], seeds=1)
+    assert [(job[0], job[2]) for job in ablation] == [("whitened", (4e-5,))]
+
+
+def test_the_papers_ppo_differs_from_its_apa_in_the_loss_alone(study):
+    settings, rates = study.METHODS["apa-paper"]
+    assert study.METHODS["ppo-paper"] == ({**settings, "loss_type": "ppo"}, rates)
+
+
+def test_rloos_kl_is_one_of_whole_responses(study):
+    """Two responses, 10 and 30 tokens: log-ratios sum to 1 and 5, 0.15 a token."""
+    log = {"reward": 0.5, "kl": 6 / 40, "completions/mean_length": 20.0}
+    others = [{"loss": 0.1, "num_tokens": 9.0}, {"train_runtime": 1.0}]
+    assert study.rloo_curve([log, *others]) == [{"reward": 0.5, "kl": 3.0}]
 
 
 def test_a_crossed_interval_of_one_run_is_the_bootstrap_over_items():

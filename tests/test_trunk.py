@@ -189,6 +189,24 @@ def test_adapters_below_the_split_switch_it_off(policy):
         assert try_split_trunk(policy, 1) is None
 
 
+@pytest.mark.parametrize("layers", [0, 3, -1])
+def test_adapters_check_the_range_of_layers(policy, layers):
+    with pytest.raises(ValueError, match=f"={layers}: this model has 2 layers"):
+        add_adapters(policy, LORA, layers)
+
+
+def test_adapters_take_a_reward_models_head_along(reward_model):
+    with pytest.raises(ValueError, match="task_type=CAUSAL_LM, .* head is neither"):
+        add_adapters(reward_model, LORA)
+    bare = LoraConfig(r=2)
+    add_adapters(reward_model, bare)
+    trained = [n for n, p in reward_model.named_parameters() if p.requires_grad]
+    assert [n for n in trained if "lora" not in n] == [
+        "score.modules_to_save.default.weight"
+    ]
+    assert bare.task_type is None  # the caller's config is left alone
+
+
 # --- the cache
 
 ROWS = [pack_ranking([5, 6, 7], [[8, 9], [10]]), pack_ranking([20], [[30] * 4, [31]])]

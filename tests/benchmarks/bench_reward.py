@@ -1,11 +1,13 @@
 """How fast reward models train: TRL on pairs against K responses in one row.
 
-    python tests/benchmarks/bench_reward.py [--repeats 5] [--data nectar_mini] [--learn 32]
+    python tests/benchmarks/bench_reward.py [--repeats 5] [--data nectar_mini] [--learn 16]
 
 Every measurement is a process of its own; the variants take turns, so that a slow minute
 of the machine hits all of them. Prints a table and writes
 `data/studies/speed_reward_DATA.json` after every measurement; stopped, the same call goes
-on. `--learn N` adds the held-out accuracy after N prompts, one a step in all of them.
+on. `--learn N` adds the held-out accuracy after N prompts, one a step in all of them
+(seed 42). TRL's pairs cannot say that a response was cut, so its model is asked as it
+was trained: as if all had ended. `--profile` prints where the seconds of a step go.
 """
 
 import argparse
@@ -41,6 +43,8 @@ VARIANTS = {
 }
 # Those that differ in what they learn; the rest only compute it in another way.
 LEARNERS = ("trl-21", "trl-6", "padded", "shared-1", "top-8", "top-4")
+# Rows of the real sample up to here fit into `max_length`: nobody computes cut texts.
+CHARACTERS, MAX_LENGTH = 3_000, {"nectar_mini": 512, "nectar_sample": 2048}
 
 
 # --- one measurement, in a process of its own
@@ -57,11 +61,17 @@ def rankings(data: str, split: str, rows: int):
     with gzip.open(SHARED / "nectar_sample.jsonl.gz", "rt") as file:
         lines = [json.loads(line) for line in file]
     ranked = [r for r in lines if all(a.get("rank") is not None for a in r["answers"])]
+    ranked = [r for r in ranked if characters(r) <= CHARACTERS]
     part = ranked[:-37] if split == "train" else ranked[-37:]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sample.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in part[:rows]))
         return load_rankings(path, on_error="skip").flatten_indices()
+
+
+def characters(row: dict) -> int:
+    """Of a row of Nectar's: its prompt with the longest of its answers."""
+    return len(row["prompt"]) + max(len(answer["answer"]) for answer in row["answers"])
 
 
 def padded_scorer(reward_model):
@@ -101,7 +111,7 @@ def our_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
         "num_layers_unfrozen": layers,
         "cache_trunk": variant.endswith(("first", "later")),
         "per_device_train_batch_size": batch,
-        "max_length": 512 if data == "nectar_mini" else 1024,
+        "max_length": MAX_LENGTH[data],
         "learning_rate": 5e-5,
         "save_strategy": "no",
         "logging_steps": 1000,
@@ -213,8 +223,9 @@ def measure(variant: str, data: str, prompts: int) -> dict[str, float]:
         "tokens_per_second": tokens / seconds,
         "peak_gib": peak_gib(),
         "gflops": tokens * flops_a_token(trainer, variant) / seconds / 1e9,
-        "matmul_gflops": peak,
+        "matmul_gflops": max(peak, matmul_gflops()),
         "precision": precision(),
+        "date": date.today().isoformat(),
     }
 
 
@@ -232,7 +243,7 @@ def learn(variant: str, data: str, prompts: int) -> dict[str, float]:
         model = trainer.accelerator.unwrap_model(trainer.model)
     test = rankings(data, "test", 37)
     flat = [
-        (row["prompt"], response, ended)
+        (row["prompt"], response, ended or not ours)
         for row in test
         for response, ended in zip(row["responses"], row["finished"], strict=True)
     ]
@@ -242,6 +253,24 @@ def learn(variant: str, data: str, prompts: int) -> dict[str, float]:
     named = {"accuracy": found["estimate"], "low": found["low"], "high": found["high"]}
     named = {name: float(value) for name, value in named.items()}
     return named | {"learned_from": prompts, "steps": trainer.state.global_step}
+
+
+def profile(variant: str, data: str, prompts: int) -> str:
+    """Operations of one epoch that take most time, as a Markdown table."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = our_trainer(variant, data, prompts, folder, num_train_epochs=1)
+        with record(activities=[ProfilerActivity.CPU]) as recorded:
+            trainer.train()
+    spent = sorted(recorded.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in spent)
+    lines = ["| operation | seconds | share |", "| --- | --- | --- |"]
+    for event in spent[:12]:
+        seconds = event.self_cpu_time_total
+        lines.append(f"| `{event.key}` | {seconds / 1e6:.1f} | {seconds / whole:.0%} |")
+    return "\n".join(lines)
 
 
 # --- all of them, in turns
@@ -259,23 +288,24 @@ def run(variant: str, options, kind: str) -> dict[str, float]:
 
 
 def summary(runs: dict[str, list[dict]], learned: dict[str, dict]) -> list[dict]:
-    """Medians a variant, and speed as a multiple of TRL on 21 pairs."""
+    """Medians a variant; speed as a multiple of TRL's on 21 pairs, and of a matmul's.
+
+    The matmul's is the best that any of these processes saw: a probe of a second may hit
+    a slow one, and a share of that would flatter us.
+    """
     rows = []
+    peak = max(m["matmul_gflops"] for each in runs.values() for m in each)
     for variant, measured in runs.items():
         row = {"variant": variant, "what": VARIANTS[variant][0], "runs": len(measured)}
         for name in measured[0]:
             values = [m[name] for m in measured]
             number = isinstance(values[0], float)
             row[name] = statistics.median(values) if number else values[0]
-        shares = [m["gflops"] / m["matmul_gflops"] for m in measured]
-        rows.append(
-            row
-            | {"share_of_peak": statistics.median(shares)}
-            | learned.get(variant, {})
-        )
-    base = next((r for r in rows if r["variant"] == "trl-21"), rows[0])
-    for row in rows:
-        row["times_trl"] = row["prompts_per_second"] / base["prompts_per_second"]
+        row |= {"matmul_gflops": peak, "share_of_peak": row["gflops"] / peak}
+        rows.append(row | learned.get(variant, {}))
+    speeds = {row["variant"]: row["prompts_per_second"] for row in rows}
+    for row in rows if "trl-21" in speeds else []:
+        row["times_trl"] = speeds[row["variant"]] / speeds["trl-21"]
     return rows
 
 
@@ -299,7 +329,7 @@ def table(rows: list[dict]) -> str:
             [
                 row["what"],
                 f"{row['prompts_per_second']:.3f}",
-                f"{row['times_trl']:.1f}",
+                f"{row['times_trl']:.1f}" if "times_trl" in row else "–",
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['peak_gib']:.1f}",
                 f"{row['share_of_peak']:.0%}",
@@ -319,11 +349,12 @@ def main() -> None:
     parser.add_argument(
         "--learn", type=int, default=0, help="prompts to learn from; 0: none"
     )
-    parser.add_argument(
-        "--data", choices=["nectar_mini", "nectar_sample"], default="nectar_mini"
-    )
+    parser.add_argument("--data", choices=list(MAX_LENGTH), default="nectar_mini")
     parser.add_argument(
         "--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS)
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="operations of the first of --only"
     )
     parser.add_argument("--worker", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("--kind", default="speed", help=argparse.SUPPRESS)
@@ -333,7 +364,11 @@ def main() -> None:
         print(json.dumps(work(options.worker, options.data, options.prompts)))
         return
     if options.data == "nectar_sample" and not SHARED.is_dir():
-        raise SystemExit("the Nectar sample is not beside this checkout")
+        print("the Nectar sample is not beside this checkout: left out")
+        return
+    if options.profile:
+        print(profile(options.only[0], options.data, options.prompts))
+        return
     runs, learned = measured(options)
     for repeat in range(options.repeats):
         for variant in options.only:
@@ -356,16 +391,27 @@ def main() -> None:
 
 
 def measured(options) -> tuple[dict[str, list[dict]], dict[str, dict]]:
-    """What an earlier call measured on this machine with as many prompts."""
+    """What an earlier call measured on this machine, so that this one goes on with it."""
+    from starling_lib.models import precision
+
     path = RESULTS / f"speed_reward_{options.data}.json"
     if options.fresh or not path.exists():
         return {}, {}
     before = json.loads(path.read_text())
-    same = (before["machine"], before["prompts"]) == (machine(), options.prompts)
-    runs, learned = before["runs"] if same else {}, before.get("learned", {})
+    formats = {m["precision"] for each in before["runs"].values() for m in each}
+    of = (before["machine"], before["prompts"], formats)
+    now = (machine(), options.prompts, {precision()})
+    if of != now:
+        raise SystemExit(
+            f"{path} was measured with {of}, this is {now}: --fresh replaces it"
+        )
     asked = options.learn or None
-    kept = {v: r for v, r in learned.items() if asked in (None, r["learned_from"])}
-    return runs, kept
+    kept = {
+        v: r
+        for v, r in before.get("learned", {}).items()
+        if asked in (None, r["learned_from"])
+    }
+    return before["runs"], kept
 
 
 def write(options, runs: dict[str, list[dict]], learned: dict) -> tuple[Path, list]:

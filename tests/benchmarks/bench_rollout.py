@@ -159,7 +159,7 @@ def rloo_iteration(layers: int | None, responses: int, folder: Path) -> float:
         "disable_tqdm": True,
     }
     args = RLOOConfig(**machine_defaults(arguments))
-    data = prompts(2 * responses)
+    data = prompts(responses // 2)  # all of them in each iteration, as above
     trainer = RLOOTrainer(
         policy, reward, args, train_dataset=data, processing_class=tokenizer
     )

@@ -1,4 +1,4 @@
-"""Policy optimisation side by side: APA (both), PPO, AWR; RLOO, DPO and SFT of TRL.
+"""Policy optimisation side by side: APA and PPO (both), AWR; RLOO, DPO and SFT of TRL.
 
     python tests/benchmarks/study_apa.py [--seeds 3] [--only apa-paper ppo …]
     python tests/benchmarks/study_apa.py --smoke     every method, random tiny model
@@ -7,10 +7,10 @@ Proxy and gold reward model are those of the preset (notebooks 02 and 03): the r
 half A and of half B, other seeds. Every method sees half A's prompts; the online ones
 sample equally many responses, and all make equally many updates of the last four layers.
 The offline ones read equally many responses, as often: DPO 40 pairs, SFT the best of 80
-rankings, cut where a sampled one would be. With seed 0 a method tries two learning rates;
-the one whose policy does better on 20 prompts of half B, by the proxy, is kept for all
-seeds. Measured on the 37 test prompts, four samples each. Ablations change one setting of
-`apa-small`.
+rankings, prompt and response together cut at `MAX_LENGTH` tokens. With seed 0 a method
+tries two learning rates; the one whose policy does better on 20 prompts of half B, by the
+proxy, is kept for all seeds. Measured on the 37 test prompts, four samples each. Ablations
+change one setting of `apa-small`, at the learning rate that was kept for it.
 
 A run appends a line to `data/studies/policies.jsonl`, so a stopped study goes on;
 `--table` prints what is there. Runs are independent and small, so that several processes
@@ -25,11 +25,12 @@ import tempfile
 import time
 from datetime import date
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench_rollout import reward_function
+from bench_rollout import machine, reward_function
 
 from starling_lib.journal import open_journal
 from starling_lib.studies import RUN_KEYS, read_runs, summary
@@ -64,6 +65,8 @@ METHODS = {
         },
         (4e-5, 8e-5),
     ),
+    # Beside `apa-paper`, from which only the loss differs.
+    "ppo-paper": ({"base": "paper", "loss_type": "ppo"}, (2e-5, 8e-5)),
     # The paper's AWR needed λ = 1 where APA took 0.1.
     "awr": ({"base": "paper", "loss_type": "awr", "apa_lambda": 1.0}, (4e-5, 8e-5)),
     "rloo": ({"beta": 0.01}, (4e-5, 8e-5)),
@@ -71,6 +74,7 @@ METHODS = {
     "sft": ({}, (2e-5, 8e-5)),
 }
 ABLATIONS = {
+    "λ = 0.0033": {"apa_lambda": 0.0033},
     "λ = 0.033": {"apa_lambda": 0.033},
     "λ = 3.3": {"apa_lambda": 3.3},
     "anchor rollout": {"anchor": "rollout"},
@@ -160,8 +164,24 @@ def rloo(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folde
         policy, reward, args, train_dataset=prompts, processing_class=tokenizer
     )
     trainer.train()
-    history = trainer.state.log_history
-    return trainer.model, [{"reward": r["reward"]} for r in history if "reward" in r]
+    return trainer.model, rloo_curve(trainer.state.log_history)
+
+
+def rloo_curve(history: list[dict]) -> list[dict]:
+    """Reward and KL of each batch of samples, the KL in nats a response, as ours.
+
+    TRL logs Σ log-ratio / Σ tokens; times the tokens a response that is the mean over
+    responses. Exact while a log entry covers one batch of samples: steps between logs are
+    fewer than updates on a batch. It is k1, which may be negative, and ours k3.
+    """
+    return [
+        {
+            "reward": entry["reward"],
+            "kl": round(entry["kl"] * entry["completions/mean_length"], 4),
+        }
+        for entry in history
+        if "reward" in entry
+    ]
 
 
 def dpo(settings, learning_rate, seed, policy, tokenizer, prompts, proxy, folder):
@@ -347,6 +367,18 @@ class Lab:
         return {**figures, "by_prompt": prompts, "samples": kept.to_dict("records")}
 
 
+def check_start(methods: list[str]) -> None:
+    """Stop before any run where ablations lack the learning rate of `apa-small`."""
+    ablations = [m for m in ABLATIONS if m in methods]
+    runs = read_runs(RESULTS)
+    known = ((runs["method"] == "apa-small") & (runs["seed"] == 0)).any()
+    if ablations and "apa-small" not in methods and not known:
+        raise SystemExit(
+            f"{', '.join(ablations)}: the learning rate is that of apa-small with seed 0, "
+            f"which {RESULTS.name} lacks; run it first, or too: --only apa-small …"
+        )
+
+
 def stages(methods: list[str], seeds: int):
     """Lists of runs still to be made: method, settings, learning rates to try, seed.
 
@@ -393,6 +425,8 @@ def run(job: tuple[str, dict, tuple[float, ...], int]) -> dict:
     policy, curve = tried[best]
     line = {"method": method, "seed": seed, "learning_rate": best, "validation": grid}
     line |= {"date": date.today().isoformat(), "precision": precision()}
+    versions = {name: version(name) for name in ("torch", "transformers", "trl")}
+    line |= {"machine": machine(), "versions": versions}
     if policy is None:
         return {**line, "failed": curve}
     figures = lab.measure(policy)
@@ -439,6 +473,7 @@ def main() -> None:
 
 def make_runs(options) -> None:
     """Make what is missing; a line is kept as soon as its run ends, in any order."""
+    check_start(options.only)
     cores = len(os.sched_getaffinity(0)) // options.workers
     os.environ["OMP_NUM_THREADS"] = str(max(cores, 1))  # read where torch is imported
     context = multiprocessing.get_context("spawn")
