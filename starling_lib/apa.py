@@ -855,11 +855,9 @@ class APATrainer(WrappedModelTrainer):
 
     def _way_out(self) -> str:
         found = last_complete(self.args.output_dir)
-        left = (
-            f"the newest good checkpoint is {found.name}"
-            if found
-            else ("there is no good checkpoint yet")
-        )
+        left = "there is no good checkpoint yet"
+        if found:
+            left = f"the newest good checkpoint is {found.name}"
         return f"{left}. Lower the learning rate or raise apa_lambda"
 
     def _keep_samples(self, iteration: int, rollout: Rollout, scores: Tensor) -> None:

@@ -307,7 +307,7 @@ def policy_study(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """
     figure = new_figure(7.5, 3.6)
     path, held_out = figure.subplots(1, 2)
-    colours = (*CYCLE, "black", "tab:brown")  # grey is for both judges
+    colours = (*CYCLE, "black", "tab:brown", "tab:purple")  # grey: both judges
     methods = [method for method in table.index if method != "start"]
     for i, method in enumerate(methods):
         own = runs[runs["method"] == method]["curve"]
