@@ -35,7 +35,10 @@ VARIANTS = {
     "sample": ("sampling alone, ours", None),
     "generate": ("sampling alone, plain generate", None),
     "copy": ("an update of the whole policy alone", None),
+    "compiled": ("sampling alone, generate compiled, static cache", None),
+    "continuous": ("sampling alone, continuous batching (generate_batch)", None),
 }
+TRIED = ("compiled", "continuous")  # not taken: measured only when asked for
 
 
 def prompts(count: int):
@@ -221,45 +224,24 @@ def profile(responses: int) -> str:
     return "\n".join(lines)
 
 
-def sampling(plain: bool, responses: int) -> dict[str, float]:
-    """One batch: `rollouts.sample`, or `generate` as one would call it."""
-    import torch
-
-    from starling_lib.generation import left_pad
-    from starling_lib.models import (
-        inference,
-        load_policy,
-        load_tokenizer,
-        matmul_gflops,
-    )
+def sampling(how: str, responses: int) -> dict[str, float]:
+    """One batch by `rollouts.sample`, or by one of transformers' ways."""
+    from starling_lib.models import load_policy, load_tokenizer, matmul_gflops
     from starling_lib.rollouts import encode_prompt, sample
 
     policy, tokenizer = load_policy(MODEL), load_tokenizer(MODEL)
     asked = prompts(responses)["prompt"]
     encoded = [encode_prompt(tokenizer, messages) for messages in asked]
-    ids, mask = left_pad(encoded, tokenizer.pad_token_id)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     peak = matmul_gflops()
-    for _ in range(2):  # the first warms up
+    draw = None if how == "sample" else generator(how, policy, tokenizer, encoded)
+    for _ in range(2):  # the first warms up, and compiles
         start = time.perf_counter()
-        if plain:
-            with inference(policy):
-                torch.manual_seed(0)
-                out = policy.generate(
-                    input_ids=ids,
-                    attention_mask=mask.long(),
-                    max_new_tokens=NEW_TOKENS,
-                    pad_token_id=tokenizer.pad_token_id,
-                    **options,
-                )
-        else:
+        if draw is None:
             out = sample(policy, tokenizer, asked, max_new_tokens=NEW_TOKENS)
+        else:
+            out = draw()
         seconds = time.perf_counter() - start
-    if plain:
-        ended = out[:, ids.shape[1] :] == tokenizer.eos_token_id
-        sampled = int((ended.cumsum(1) - ended.int() == 0).sum())
-    else:
-        sampled = int(out.lengths.sum())
+    sampled = int(out.lengths.sum()) if draw is None else tokens(out, tokenizer)
     flops = forward_flops(policy, sum(map(len, encoded)), sampled)
     return {
         "seconds": seconds,
@@ -268,6 +250,42 @@ def sampling(plain: bool, responses: int) -> dict[str, float]:
         "tokens_read": sum(map(len, encoded)),
         "tokens_sampled": sampled,
     }
+
+
+def generator(how: str, policy, tokenizer, encoded: list[list[int]]):
+    """() → lists of sampled tokens: plain `generate`, compiled, or `generate_batch`."""
+    import torch
+    from transformers import GenerationConfig
+
+    from starling_lib.generation import left_pad
+    from starling_lib.models import inference
+
+    ids, mask = left_pad(encoded, tokenizer.pad_token_id)
+    options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": tokenizer.pad_token_id}
+    options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if how == "compiled":
+        policy.forward = torch.compile(policy.forward)
+        options["cache_implementation"] = "static"
+
+    def draw():
+        torch.manual_seed(0)
+        with inference(policy):
+            if how == "continuous":
+                config = GenerationConfig(
+                    eos_token_id=tokenizer.eos_token_id, **options
+                )
+                found = policy.generate_batch(inputs=encoded, generation_config=config)
+                return [each.generated_tokens for each in found.values()]
+            out = policy.generate(input_ids=ids, attention_mask=mask.long(), **options)
+        return out[:, ids.shape[1] :].tolist()
+
+    return draw
+
+
+def tokens(rows: list[list[int]], tokenizer) -> int:
+    """How many tokens were sampled: of each row up to its first EOS."""
+    eos = tokenizer.eos_token_id
+    return sum(row.index(eos) + 1 if eos in row else len(row) for row in rows)
 
 
 def forward_flops(policy, read: int, sampled: int) -> float:
@@ -317,8 +335,8 @@ def measure(variant: str, responses: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         if variant == "copy":
             found, responses = {"seconds": full_update()}, BATCH
-        elif variant in ("sample", "generate"):
-            found = sampling(variant == "generate", responses)
+        elif variant in ("sample", "generate", *TRIED):
+            found = sampling(variant, responses)
         else:
             run = apa_iteration if variant.startswith("ours") else rloo_iteration
             found = {"seconds": run(layers, responses, Path(folder))}
@@ -354,7 +372,8 @@ def run(variant: str, options) -> dict[str, float]:
 
 def summary(runs: dict[str, list[dict]]) -> list[dict]:
     """Medians a variant; speed as a multiple of its rival, memory of one full copy."""
-    rivals = {"ours-4": "rloo-4", "ours-all": "rloo-all", "sample": "generate"}
+    rivals = {"ours-4": "rloo-4", "ours-all": "rloo-all"}
+    rivals |= dict.fromkeys(("sample", *TRIED), "generate")
     middle = {
         variant: {
             name: statistics.median(r[name] for r in measured)
@@ -404,7 +423,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument(
-        "--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS)
+        "--only",
+        nargs="+",
+        default=[v for v in VARIANTS if v not in TRIED],
+        choices=list(VARIANTS),
     )
     parser.add_argument(
         "--fresh", action="store_true", help="measure anew what is there already"
