@@ -168,7 +168,7 @@ def accuracy_by_gap(scores: np.ndarray, lengths: np.ndarray | None = None) -> Fi
     ]
     ax.set_xticks(model.index, counts)
     ax.set(xlabel="ranks apart", ylabel="share of pairs ordered right", ylim=(0, 1.03))
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower left")
     return figure
 
 
