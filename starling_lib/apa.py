@@ -39,7 +39,7 @@ from starling_lib.checkpoints import (
     last_complete,
     machine_defaults,
 )
-from starling_lib.journal import write_atomically
+from starling_lib.journal import line_of, read_jsonl, write_atomically
 from starling_lib.models import (
     ValueHead,
     autocast,
@@ -1050,18 +1050,6 @@ def largest_weight(module: nn.Module) -> Tensor:
 def drop_samples(path: Path, iteration: int) -> None:
     """Leave only rows of earlier iterations: a resumed run samples the others anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Bytes, and not splitlines: a kill may cut a character, and a response may hold other
-    # line separators than a newline.
-    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    if _is_json(last):
-        lines.append(last)
-    kept = [x for x in lines if x.strip() and json.loads(x)["iteration"] < iteration]
-    write_atomically(path, b"".join(line + b"\n" for line in kept))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+    rows = read_jsonl(path, torn_end=True) if path.exists() else []
+    kept = [line_of(row) for row in rows if row["iteration"] < iteration]
+    write_atomically(path, b"".join(kept))

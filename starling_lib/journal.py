@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,13 @@ def line_of(row: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def read_jsonl(path: str | os.PathLike) -> Iterator[Row]:
-    """Objects of a JSONL file. Raises ValueError that names a bad line."""
+def read_jsonl(
+    path: str | os.PathLike, keys: Sequence[str] = (), torn_end: bool = False
+) -> Iterator[Row]:
+    """Objects of a JSONL file, each with `keys`. Raises ValueError that names a bad line.
+
+    With `torn_end` a last line that a kill cut off is left out.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -89,9 +94,13 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
+                if torn_end and not line.endswith(b"\n"):
+                    return
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected an object")
+            if missing := [key for key in keys if key not in row]:
+                raise ValueError(f"{path}, line {number}: no {', '.join(missing)}")
             yield row
 
 

@@ -136,11 +136,12 @@ def scores_by_rank(
     return figure
 
 
-def _by_gap(scores: np.ndarray) -> pd.DataFrame:
+def _by_gap(scores: np.ndarray, **options) -> pd.DataFrame:
     """Accuracy and number of pairs (`n`) by gap 1 … K-1 of (N, K) scores."""
     from starling_lib import metrics  # which loads torch; most figures do without
 
-    return metrics.accuracy_by_gap(scores).reindex(range(1, scores.shape[1]))
+    table = metrics.accuracy_by_gap(scores, **options)
+    return table.reindex(range(1, scores.shape[1]))
 
 
 @styled
@@ -161,7 +162,8 @@ def accuracy_by_gap(scores: np.ndarray, lengths: np.ndarray | None = None) -> Fi
     ax.vlines(model.index, model["low"], model["high"], color=BLUE, linewidth=1.2)
     if lengths is not None:
         lengths = np.where(np.isnan(scores), np.nan, np.asarray(lengths, dtype=float))
-        ax.plot(_by_gap(lengths)["estimate"], "s--", color=GREY, label="longer wins")
+        rule = _by_gap(lengths, resamples=2)  # its intervals are not drawn
+        ax.plot(rule["estimate"], "s--", color=GREY, label="longer wins")
     ax.axhline(0.5, color=GREY, linestyle=":", linewidth=1.2, label="coin")
     counts = [
         f"{gap}\n{n} pairs" for gap, n in model["n"].fillna(0).astype(int).items()

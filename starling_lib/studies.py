@@ -5,12 +5,12 @@ Does not know how a policy was tuned or sampled. One row of a frame is one run; 
 are means over prompts, `by_prompt` holds the prompts' own.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from starling_lib.journal import read_jsonl
 from starling_lib.statistics import Interval, crossed_interval
 
 RUN_KEYS = ("method", "seed")
@@ -23,43 +23,13 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     that names a line which is no run or lacks a key, or a run that stands twice.
     """
     path = Path(path)
-    # Not `splitlines`: samples hold other characters at which it would cut their line.
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    if _is_torn(lines[-1]):
-        lines.pop()
-    runs = [
-        _run_of(line, f"{path.name}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    runs = list(read_jsonl(path, RUN_KEYS, torn_end=True)) if path.exists() else []
     frame = pd.DataFrame(runs, columns=None if runs else list(RUN_KEYS))
     twice = frame[frame.duplicated(list(RUN_KEYS))]
     if len(twice):
         again = ", ".join(f"{key}={twice.iloc[0][key]}" for key in RUN_KEYS)
         raise ValueError(f"{path.name}: the run {again} stands twice; remove one line")
     return frame
-
-
-def _is_torn(last: bytes) -> bool:
-    """Is what follows the last newline no whole line: nothing, or cut off by a kill?"""
-    try:
-        json.loads(last)
-    except ValueError:
-        return True
-    return False
-
-
-def _run_of(line: bytes, place: str) -> dict:
-    """A line as a run. Raises ValueError that names its place."""
-    try:
-        run = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place}: not JSON ({error}); remove the line") from None
-    if not isinstance(run, dict):
-        raise ValueError(f"{place}: expected an object")
-    if missing := [key for key in RUN_KEYS if key not in run]:
-        raise ValueError(f"{place}: no {', '.join(missing)}")
-    return run
 
 
 def by_prompt(runs: pd.DataFrame, method: str, measure: str) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "starling_lib"
 ORDER = [
+    "journal",
     "statistics",
     "studies",
     "chat",
@@ -35,7 +36,6 @@ ORDER = [
     "scoring",
     "pessimism",
     "reward",
-    "journal",
     "vote_panel",
     "judges",
     "served_rollouts",

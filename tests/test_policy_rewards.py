@@ -222,6 +222,13 @@ def shortness(prompts, completions, **columns):
     return [-float(len(completion[0]["content"])) for completion in completions]
 
 
+def completed(rewards, policy, rollout):
+    """Scores of the models whose lower layers are a fresh actor's, by their number."""
+    actor = ActorCritic(policy, num_layers_unfrozen=1)
+    rewards.share_trunk(actor.frozen_trunk)
+    return on_trunk(rewards, actor, rollout)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_model_a_function_and_a_lower_bound_are_told_apart_and_summed(
     fp32, policy, reward_model, tokenizer, toy_rankings, rollout, shared
@@ -233,12 +240,8 @@ def test_a_model_a_function_and_a_lower_bound_are_told_apart_and_summed(
     rewards = RewardSum(
         [reward_model, shortness, bound], [tokenizer, None, None], [1.0, 0.5, -2.0]
     )
-    known = None
-    if shared:
-        actor = ActorCritic(policy, num_layers_unfrozen=1)
-        rewards.share_trunk(actor.frozen_trunk)
-        known = on_trunk(rewards, actor, rollout)
-        assert list(known) == [0]
+    known = completed(rewards, policy, rollout) if shared else None
+    assert not shared or list(known) == [0]
     asked = rollout.prompts, rollout.texts, rollout.finished
     model = score_responses(reward_model, tokenizer, *asked)
     short = -torch.tensor([float(len(text)) for text in rollout.texts])
@@ -262,12 +265,8 @@ def test_a_reward_model_that_says_nan_is_named_at_once(
     """Not when its NaN has come through running statistics to the loss."""
     reward_model.score.weight.data[0, 0] = math.nan
     rewards = RewardSum([shortness, reward_model], [None, tokenizer])
-    known = None
-    if shared:
-        actor = ActorCritic(policy, num_layers_unfrozen=1)
-        rewards.share_trunk(actor.frozen_trunk)
-        known = on_trunk(rewards, actor, rollout)
-        assert list(known) == [1]
+    known = completed(rewards, policy, rollout) if shared else None
+    assert not shared or list(known) == [1]
     name = "rewards/1_LlamaForSequenceClassification"
     with pytest.raises(ValueError, match=f"{name} returned nan for sample 0.*weights"):
         rewards(None, rollout, known)
