@@ -4,6 +4,7 @@ Knows: prompts as messages, tokens, when a response ended. Does not know: what a
 means.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from starling_lib.arranged import arranged
 from starling_lib.generation import generate_rows, keeps_states, left_pad, right_pad
 from starling_lib.models import inference
 from starling_lib.prefix import PADDING, PROMPT, LayoutLost, forward_packed, packs
@@ -117,11 +119,15 @@ def sample(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     responses: list[list[int]] = [[] for _ in prompts]
     states: list[dict[int, Tensor]] = [{} for _ in prompts]
-    with torch.random.fork_rng(), inference(policy):
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(torch.random.fork_rng())
+        inside.enter_context(inference(policy))
         torch.manual_seed(seed)
         sampler = half_precision_copy(policy)
         if sampler is not policy or not keeps_states(policy):
             keep_after = ()
+        if len(prompts) > 1:  # the time of a single row is that of reading the weights
+            inside.enter_context(arranged(sampler))
         for batch in tqdm(batches, "sampling", disable=not progress, leave=False):
             rows, kept = generate_rows(
                 sampler,

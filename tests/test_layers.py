@@ -28,6 +28,7 @@ ORDER = [
     "trunk",
     "prefix",
     "vocabulary",
+    "arranged",
     "generation",
     "rollouts",
     "losses",

@@ -5,14 +5,16 @@
 An iteration samples 64 responses of up to 64 tokens, scores them with the same reward
 model and makes the same number of updates on them, with a KL term, the same precision and
 no gradient checkpointing. Both see every prompt twice, as RLOO's baseline needs it. Beside
-it sampling alone, ours and plain `generate`, and for its memory one update of a whole
-policy, nothing else held. Every measurement is a process of its own; the variants take
-turns, and another call goes on where this one stopped. Prints a table and writes
-`data/studies/speed_rollout.json`; memory is the peak over what the imports alone take.
+it sampling alone, ours and plain `generate`, of the same batch and of as many different
+prompts, and for its memory one update of a whole policy, nothing else held. Every
+measurement is a process of its own, warmed up by an iteration of 16 responses; the
+variants take turns, and another call goes on where this one stopped. Prints a table and
+writes `data/studies/speed_rollout.json`; memory is the peak over what the imports take.
 `--profile` prints instead where the seconds of our iteration go.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -34,6 +36,8 @@ VARIANTS = {
     "rloo-all": ("RLOO, all layers", None),
     "sample": ("sampling alone, ours", None),
     "generate": ("sampling alone, plain generate", None),
+    "sample-different": ("the same of different prompts, ours", None),
+    "generate-different": ("the same of different prompts, plain generate", None),
     "copy": ("an update of the whole policy alone", None),
     "compiled": ("sampling alone, generate compiled, static cache", None),
     "continuous": ("sampling alone, continuous batching (generate_batch)", None),
@@ -41,11 +45,13 @@ VARIANTS = {
 TRIED = ("compiled", "continuous")  # not taken: measured only when asked for
 
 
-def prompts(count: int):
+def prompts(count: int, times: int = 1):
+    """`count` prompts, the first of nectar_mini, each `times` times in all."""
     from starling_lib.rankings import load_rankings
 
     rows = load_rankings(split="train").select_columns("prompt")
-    return rows.select([i % len(rows) for i in range(count)])
+    different = min(count // times, len(rows))
+    return rows.select([i % different for i in range(count)])
 
 
 def reward_function(score, eos: int):
@@ -80,7 +86,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Of the last iteration: the first pays for allocation and page faults."""
+        """Of the last iteration."""
         return self.marks[-1] - self.marks[-2]
 
 
@@ -100,8 +106,6 @@ def setup(layers: int | None, folder: Path):
 
 
 def apa_iteration(layers: int | None, responses: int, folder: Path) -> float:
-    from datasets import concatenate_datasets
-
     from starling_lib.apa import APAConfig, APATrainer
 
     policy, tokenizer, reward_model, rewarder = setup(layers, folder / "start")
@@ -114,17 +118,16 @@ def apa_iteration(layers: int | None, responses: int, folder: Path) -> float:
         num_layers_unfrozen=layers,
         max_new_tokens=NEW_TOKENS,
         max_prompt_length=256,
-        max_steps=2 * EPOCHS * responses // BATCH,
+        max_steps=EPOCHS * responses // BATCH,
         learning_rate=1e-6,
         save_strategy="no",
         disable_tqdm=True,
     )
-    data = prompts(responses // 2)
     trainer = APATrainer(
         policy,
         reward_model,
         args,
-        concatenate_datasets([data, data]),
+        prompts(responses, times=2),
         processing_class=tokenizer,
         reward_processing_classes=[rewarder],
     )
@@ -151,7 +154,7 @@ def rloo_iteration(layers: int | None, responses: int, folder: Path) -> float:
         "num_iterations": EPOCHS,
         "num_generations": 2,
         "max_completion_length": NEW_TOKENS,
-        "max_steps": 2 * EPOCHS * responses // BATCH,
+        "max_steps": EPOCHS * responses // BATCH,
         "beta": 0.01,
         "temperature": 1.0,
         "top_k": 0,
@@ -171,8 +174,16 @@ def rloo_iteration(layers: int | None, responses: int, folder: Path) -> float:
     return clock.seconds
 
 
+def iteration(run, layers: int | None, responses: int) -> float:
+    """Seconds of one iteration by `apa_iteration` or `rloo_iteration`."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = run(layers, responses, Path(folder))
+    gc.collect()  # trainers hold themselves
+    return seconds
+
+
 def profile(responses: int) -> str:
-    """Seconds of each part of our second iteration, as a Markdown table.
+    """Seconds of each part of our iteration, as a Markdown table.
 
     The parts marked "…" lie inside the others and are not counted beside them.
     """
@@ -197,17 +208,13 @@ def profile(responses: int) -> str:
 
         setattr(owner, name, wrapped)
 
-    collect, build = apa.APATrainer.collect, apa.APATrainer.__init__
-
-    def second(self, prompts, iteration):
-        spent.clear()  # so that the last iteration is what stays
-        return collect(self, prompts, iteration)
+    build = apa.APATrainer.__init__
 
     def sampler_timed(self, *arguments, **named):
         build(self, *arguments, **named)
         timed(self, "sampler", "sampling")
 
-    apa.APATrainer.collect, apa.APATrainer.__init__ = second, sampler_timed
+    apa.APATrainer.__init__ = sampler_timed
     timed(
         apa.APATrainer, "_forward_in_parts", "policy, critic, reference, reward: once"
     )
@@ -216,8 +223,9 @@ def profile(responses: int) -> str:
     timed(torch.Tensor, "backward", "updates, backward")
     timed(actor_critic, "row_states", "… of all that: trained layers, forward")
     timed(actor_critic, "word_logprobs", "… of all that: the head and its gradient")
-    with tempfile.TemporaryDirectory() as folder:
-        whole = apa_iteration(4, responses, Path(folder))
+    iteration(apa_iteration, 4, BATCH)
+    spent.clear()
+    whole = iteration(apa_iteration, 4, responses)
     lines = ["| part | seconds | share |", "| --- | --- | --- |"]
     for part, seconds in {"the iteration": whole, **spent}.items():
         lines.append(f"| {part} | {seconds:.1f} | {seconds / whole:.0%} |")
@@ -225,12 +233,16 @@ def profile(responses: int) -> str:
 
 
 def sampling(how: str, responses: int) -> dict[str, float]:
-    """One batch by `rollouts.sample`, or by one of transformers' ways."""
+    """One batch by `rollouts.sample`, or by one of transformers' ways.
+
+    Of the prompts of an iteration, each twice, or ("…-different") of as many prompts.
+    """
     from starling_lib.models import load_policy, load_tokenizer, matmul_gflops
     from starling_lib.rollouts import encode_prompt, sample
 
     policy, tokenizer = load_policy(MODEL), load_tokenizer(MODEL)
-    asked = prompts(responses)["prompt"]
+    how, _, different = how.partition("-")
+    asked = prompts(responses, times=1 if different else 2)["prompt"]
     encoded = [encode_prompt(tokenizer, messages) for messages in asked]
     peak = matmul_gflops()
     draw = None if how == "sample" else generator(how, policy, tokenizer, encoded)
@@ -332,14 +344,14 @@ def measure(variant: str, responses: int) -> dict[str, float]:
     from starling_lib.models import precision
 
     layers, imported = VARIANTS[variant][1], peak_gib()
-    with tempfile.TemporaryDirectory() as folder:
-        if variant == "copy":
-            found, responses = {"seconds": full_update()}, BATCH
-        elif variant in ("sample", "generate", *TRIED):
-            found = sampling(variant, responses)
-        else:
-            run = apa_iteration if variant.startswith("ours") else rloo_iteration
-            found = {"seconds": run(layers, responses, Path(folder))}
+    if variant == "copy":
+        found, responses = {"seconds": full_update()}, BATCH
+    elif variant.startswith(("sample", "generate", *TRIED)):
+        found = sampling(variant, responses)
+    else:
+        run = apa_iteration if variant.startswith("ours") else rloo_iteration
+        iteration(run, layers, BATCH)  # pays for allocation and page faults
+        found = {"seconds": iteration(run, layers, responses)}
     return found | {
         "samples_per_second": responses / found["seconds"],
         "peak_gib": peak_gib() - imported,
@@ -371,9 +383,15 @@ def run(variant: str, options) -> dict[str, float]:
 
 
 def summary(runs: dict[str, list[dict]]) -> list[dict]:
-    """Medians a variant; speed as a multiple of its rival, memory of one full copy."""
+    """Medians a variant; speed as a multiple of its rival, memory of one full copy.
+
+    The peak is the best that any process saw: a probe of a second tells what else the
+    machine did.
+    """
     rivals = {"ours-4": "rloo-4", "ours-all": "rloo-all"}
+    rivals |= {"sample-different": "generate-different"}
     rivals |= dict.fromkeys(("sample", *TRIED), "generate")
+    probes = [r.get("matmul_gflops", 0.0) for rows in runs.values() for r in rows]
     middle = {
         variant: {
             name: statistics.median(r[name] for r in measured)
@@ -387,8 +405,8 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
         row = {"variant": variant, "what": VARIANTS[variant][0], **row}
         row["runs"] = len(runs[variant])
         if "gflops" in runs[variant][0]:
-            shares = [r["gflops"] / r["matmul_gflops"] for r in runs[variant]]
-            row["share_of_peak"] = statistics.median(shares)
+            reached = statistics.median(r["gflops"] for r in runs[variant])
+            row["share_of_peak"] = reached / max(probes)
         if rival := middle.get(rivals.get(variant)):
             row["times_rival"] = rival["seconds"] / row["seconds"]
         if copy := middle.get("copy"):
