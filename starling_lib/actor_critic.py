@@ -144,10 +144,11 @@ class ActorCritic(nn.Module):
 
 
 class Reference:
-    """The initial policy, frozen: only its trained layers are a copy."""
+    """The initial policy, frozen: only what is trained (layers, adapters) is a copy."""
 
     def __init__(self, top: PreTrainedModel, head: nn.Module):
-        self.top = copy.deepcopy(top).requires_grad_(False).eval()
+        frozen = {id(p): p for p in top.parameters() if not p.requires_grad}
+        self.top = copy.deepcopy(top, frozen).requires_grad_(False).eval()
         trained = any(p.requires_grad for p in head.parameters())
         self.head = copy.deepcopy(head).requires_grad_(False) if trained else head
 

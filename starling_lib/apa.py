@@ -12,6 +12,7 @@ response, EOS included; the reward sits on the response's last token; whitening 
 response tokens of the whole rollout batch; advantages are computed once an iteration.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -65,6 +66,7 @@ from starling_lib.rollouts import (
     given_responses,
     sample,
     scatter,
+    token_logprobs,
 )
 from starling_lib.sharding import free_whole_weights, is_sharded
 from starling_lib.trunk import add_adapters
@@ -102,8 +104,10 @@ class APAConfig(TrainingArguments):
                         means λ is too small or the learning rate too large.
       kl_exact          the same from the whole distributions, with `exact_kl`: k3 is
                         right on average, this for each token.
-      kl_coef           weight of the KL in the reward; moves only with a `kl_target`.
-      reward_scale      what rewards are divided by before they become advantages.
+      kl_coef           weight of the KL in the reward; moves only with a `kl_target`. If
+                        it keeps growing, λ or the learning rate pulls harder.
+      reward_scale      what rewards are divided by before they become advantages. While
+                        it drifts, A/λ changes its meaning.
       entropy           of the next-token distribution, nats a token. Falling to 0 is
                         collapse into one phrase.
       length, eos_rate  tokens a response, share that ended by themselves. Length running
@@ -116,15 +120,20 @@ class APAConfig(TrainingArguments):
     Means over the micro-steps of its updates:
       value_loss        ½(V − R)². Should fall, then stay.
       policy_loss       the loss of `loss_type`; comparable only within a run.
-      log_ratio         |log π − log π_old| a token: how far an iteration moves.
-      gated             share of micro-steps on which only the critic was trained.
-      ptx_loss          NLL a token of the given completions, with `ptx_coef`.
+      log_ratio         |log π − log π_old| a token: how far an iteration moves. Growing,
+                        the policy moves beyond its data.
+      gated             share of micro-steps on which only the critic was trained. Stuck
+                        at 1, the policy learns nothing from its reward.
+      ptx_loss          NLL a token of the given completions, with `ptx_coef`. Rising, the
+                        policy forgets how to write.
       loss              `vf_coef`·value_loss + policy_loss + `ptx_coef`·ptx_loss, what is
                         minimised; gated micro-steps have the first term alone, so that
                         completions are not learnt from either.
-      grad_norm         of an update's gradient before clipping, the last one's.
+      grad_norm         of an update's gradient before clipping, the last one's. At a
+                        spike, see that iteration's responses.
     On `eval_dataset`, from responses with a fixed seed:
-      eval_reward, eval_length, eval_eos_rate  as above; comparable between steps.
+      eval_reward, eval_length, eval_eos_rate  as above; comparable between steps. If
+                        eval_reward falls while reward rises, prompts are learnt by heart.
     Trainer's own: epoch, step, learning_rate, and at the end train_loss, train_runtime,
     train_samples_per_second, train_steps_per_second, total_flos.
 
@@ -442,7 +451,8 @@ class APATrainer(WrappedModelTrainer):
         peft_config: "PeftConfig | None" = None,
         sampler: Callable[..., Rollout] = sample,
     ):
-        args = args or APAConfig.starling(output_dir="apa")
+        # A copy: `max_steps` is filled in, by the prompts of this trainer.
+        args = copy.copy(args or APAConfig.starling(output_dir="apa"))
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_policy(model)
@@ -552,6 +562,7 @@ class APATrainer(WrappedModelTrainer):
         iteration, step = int(inputs["iteration"][0]), int(inputs["micro_step"][0])
         if step == 0:
             prompts = self.prompts.select(inputs["prompt"].tolist())
+            self.experience = None  # its states make room for the next
             self.experience = self.collect(prompts, iteration)
         if self.experience is None:
             raise RuntimeError(
@@ -563,9 +574,11 @@ class APATrainer(WrappedModelTrainer):
     def _minibatch(self, iteration: int, step: int) -> dict[str, Tensor]:
         """The `step`-th minibatch of the experience, and the tokens its update has."""
         rows = self._minibatch_rows(iteration, step)
-        chosen = {k: v[rows] for k, v in self.experience.items() if k != "counts"}
         update = step // self.args.gradient_accumulation_steps
-        return {**chosen, "count": self.experience["counts"][update]}
+        return {
+            name: x[update if name.endswith("count") else rows]
+            for name, x in self.experience.items()
+        }
 
     def _minibatch_rows(self, iteration: int, step: int) -> Tensor:
         """Rows of the `step`-th minibatch: a fresh order for each pass, by seed."""
@@ -601,7 +614,12 @@ class APATrainer(WrappedModelTrainer):
         self._log_rollout(iteration, rollout, scores, experience)
         if args.ptx_coef:
             experience |= self._given_completions(prompts)
-        return {**experience, "counts": self._token_counts(iteration, experience)}
+        counts = {
+            name.replace("response_mask", "count"): self._token_counts(iteration, mask)
+            for name, mask in experience.items()
+            if name.endswith("response_mask")
+        }
+        return experience | counts
 
     def _given_completions(self, prompts: Dataset) -> dict[str, Tensor]:
         """`ptx_…` tokens and trunk states of the prompts' own completions."""
@@ -687,13 +705,14 @@ class APATrainer(WrappedModelTrainer):
         out = self.model(
             **some, trunk_states=trunk, for_logging=True, want_logits=exact
         )
-        out["ref_logprobs"] = self.reference.logprobs(some, trunk)
         if trunk is not None:
             out["trunk_states"] = trunk
-        if exact:
-            both = out.pop("logits"), self.reference.logits(some, trunk)
-            out["kl_exact"] = scatter(objectives.kl_exact(*both), mask)
-        return out
+        if not exact:
+            return out | {"ref_logprobs": self.reference.logprobs(some, trunk)}
+        both = out.pop("logits"), self.reference.logits(some, trunk)
+        chosen = token_logprobs(both[1], some["response_ids"][mask])
+        found = {"ref_logprobs": chosen, "kl_exact": objectives.kl_exact(*both)}
+        return out | {name: scatter(x, mask) for name, x in found.items()}
 
     def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`masked_moments` of all processes' response tokens together."""
@@ -705,14 +724,14 @@ class APATrainer(WrappedModelTrainer):
         center = mean(x)
         return center, mean((x - center) ** 2)
 
-    def _token_counts(self, iteration: int, experience: dict[str, Tensor]) -> Tensor:
-        """(updates,) response tokens each optimiser step averages over, per process.
+    def _token_counts(self, iteration: int, mask: Tensor) -> Tensor:
+        """(updates,) tokens of `mask` each optimiser step averages over, per process.
 
         Summed over accumulation and processes, then divided by both, because Trainer
         divides the loss by the accumulation steps and DDP averages gradients.
         """
         args = self.args
-        lengths = experience["response_mask"].sum(1)
+        lengths = mask.sum(1)
         steps = [
             lengths[self._minibatch_rows(iteration, s)].sum()
             for s in range(args.micro_steps)
@@ -747,7 +766,7 @@ class APATrainer(WrappedModelTrainer):
         given = inputs["ptx_response_mask"]
         logprobs = out["logprobs"][rows:, : given.shape[1]]
         sampled = {name: x[:rows, :width] for name, x in out.items()}
-        return sampled, -objectives.masked_mean(logprobs, given)
+        return sampled, -objectives.masked_mean(logprobs, given, inputs["ptx_count"])
 
     def _gated(self, value: Tensor) -> bool:
         """Is the critic trained alone: at the start, or while its loss is large?"""
@@ -788,8 +807,8 @@ class APATrainer(WrappedModelTrainer):
 
     def _log_rollout(self, iteration, rollout: Rollout, scores, experience) -> None:
         mask = experience["response_mask"]
-        kl = objectives.kl_k3(experience["logprobs"], experience["ref_logprobs"])
-        kl = torch.where(mask, kl, 0).sum(1).mean()
+        both = experience["logprobs"], experience["ref_logprobs"]
+        kl = objectives.response_kl(*both, mask).mean()
         everyone = self.accelerator.gather(scores.to(mask.device))
         figures = {
             "reward": scores.mean(),

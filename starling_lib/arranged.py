@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from starling_lib.vocabulary import is_plain
+
 
 @contextlib.contextmanager
 def arranged(model: nn.Module) -> Iterator[None]:
@@ -21,31 +23,36 @@ def arranged(model: nn.Module) -> Iterator[None]:
 
     Without gradients, and weights must not change inside; rounding differs in the last
     digits. The copies take as much memory as the weights. Layers of other kinds, devices
-    and precisions, and those somebody moves when they are called, stay as they are.
+    and precisions stay as they are, and so does a model that somebody moves or has
+    compiled when it is called.
     """
     layers = [layer for layer in model.modules() if _arrangeable(layer)]
-    copies: dict[int, Tensor] = {}  # a tied weight is arranged once
+    layers = [] if any(map(_watched, model.modules())) else layers
+    copies: dict[nn.Parameter, Tensor] = {}  # a tied weight is arranged once
     try:
         for layer in layers:
-            weight = layer.weight.detach()
-            if weight.data_ptr() not in copies:
-                copies[weight.data_ptr()] = _arrange(weight)
-            layer.forward = partial(_product, copies[weight.data_ptr()], layer.bias)
+            if layer.weight not in copies:
+                copies[layer.weight] = _arrange(layer.weight.detach())
+            layer.forward = partial(_product, copies[layer.weight], layer.bias)
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
+def _watched(module: nn.Module) -> bool:
+    """Does accelerate move what the module computes with, or has torch compiled it?"""
+    return hasattr(module, "_hf_hook") or module._compiled_call_impl is not None
+
+
 def _arrangeable(layer: nn.Module) -> bool:
     return (
-        type(layer) is nn.Linear
-        and "forward" not in vars(layer)  # a hook of accelerate
-        and type(layer.weight) is nn.Parameter  # not a shard, not quantised
+        is_plain(layer)
+        and "forward" not in vars(layer)
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
-        and layer.weight.numel() > 0  # gathered only when called (ZeRO-3)
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 

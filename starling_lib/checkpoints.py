@@ -74,7 +74,10 @@ def newest_complete(output_dir: str | os.PathLike) -> Path | None:
         if (folder / MARKER).exists():
             return folder
         aside = folder.with_name(f"incomplete-{folder.name}-{os.getpid()}")
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except FileNotFoundError:  # another process of this node did it
+            continue
         print(
             f"{folder.name} was cut off while being written: set aside as {aside.name}"
         )

@@ -122,7 +122,7 @@ def _response_kl(
     """
     import torch
 
-    from starling_lib.objectives import kl_k3
+    from starling_lib.objectives import response_kl
     from starling_lib.rollouts import sequence_logprobs
 
     if reference is None:
@@ -130,8 +130,8 @@ def _response_kl(
     if reference is policy:
         return torch.zeros(len(rollout.texts))
     logprobs = sequence_logprobs(policy, rollout)
-    kl = kl_k3(logprobs, sequence_logprobs(reference, rollout))
-    return torch.where(rollout.response_mask, kl, 0.0).sum(-1)
+    reference_logprobs = sequence_logprobs(reference, rollout)
+    return response_kl(logprobs, reference_logprobs, rollout.response_mask)
 
 
 def _match_samples(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:

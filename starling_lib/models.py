@@ -7,6 +7,7 @@ Does not know: data, losses, trainers. The released Starling reward models are r
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -325,7 +326,7 @@ def load_policy(
 ) -> PreTrainedModel:
     """Load a causal language model by alias, hub id or folder, in evaluation mode."""
     if str(name) == TINY_ALIAS:
-        return tiny_model().to(dtype)
+        return copy_in(tiny_model(), dtype)
     with quiet():
         return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype).eval()
 
@@ -434,6 +435,25 @@ class ValueHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             inner = torch.relu(self.inner(hidden.to(self.inner.weight.dtype)))
             return self.outer(inner).squeeze(-1).float()
+
+
+def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy with parameters of `dtype`, for inference; buffers stay as they are.
+
+    So does `from_pretrained` load a model. `to(bfloat16)` would round the frequencies of
+    rotary embeddings, too: a thousand tokens on, angles are then wrong by a radian.
+    """
+    cast = {
+        id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        for p in model.parameters()
+        if p.is_floating_point()
+    }
+    return copy.deepcopy(model, cast)
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model inside peft's wrapper, adapters in its layers; any other as it is."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 @contextlib.contextmanager

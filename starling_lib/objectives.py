@@ -27,10 +27,9 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def masked_whiten(
     x: Tensor,
     mask: Tensor,
-    shift_mean: bool = True,
     moments: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Scale the masked entries to unit variance (and zero mean); zero elsewhere.
+    """Scale the masked entries to zero mean and unit variance; zero elsewhere.
 
     `moments` (mean, variance) replaces those of `x` where the batch is larger than this
     tensor: several processes. The original whitened over padding too (starling.md §4.2),
@@ -41,8 +40,7 @@ def masked_whiten(
     tensor([[-1.,  1.,  0.]])
     """
     mean, variance = moments or masked_moments(x, mask)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, white if shift_mean else white + mean, 0)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0)
 
 
 def gae(
@@ -160,6 +158,11 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
+
+
+def response_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """KL of whole responses, (N,) nats: k3 summed over each one's tokens."""
+    return torch.where(mask, kl_k3(logprobs, ref_logprobs), 0.0).sum(-1)
 
 
 def kl_exact(logits: Tensor, ref_logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from starling_lib.models import load_tokenizer, reward_head
+from starling_lib.models import load_tokenizer, reward_head, without_wrapper
 from starling_lib.prefix import use_fast_backward
 from starling_lib.rollouts import Rollout, encode_prompt, row_states
 from starling_lib.scoring import encode_response, reads_last_token, score_responses
@@ -78,7 +78,7 @@ class RewardSum:
         tokenizers: Sequence[PreTrainedTokenizerBase | None] | None = None,
         weights: Sequence[float] | None = None,
     ):
-        self.functions = _listed(functions)
+        self.functions = [without_wrapper(f) for f in _listed(functions)]
         self.tokenizers = list(tokenizers or [None] * len(self.functions))
         self.weights = weights or [1.0] * len(self.functions)
         if not len(self.functions) == len(self.tokenizers) == len(self.weights):
@@ -99,9 +99,9 @@ class RewardSum:
         for i, model in enumerate(self.functions if trunk is not None else ()):
             if not isinstance(model, PreTrainedModel) or not reads_last_token(model):
                 continue
+            shared = shared_layers(trunk, model.base_model)
             # One layer of the model's own is left: a split needs two halves.
-            most = len(model.base_model.layers) - 1
-            if layers := min(shared_layers(trunk, model.base_model), most):
+            if shared and (layers := min(shared, len(model.base_model.layers) - 1)):
                 self.on_trunk[i] = RewardOnTrunk(model, layers)
 
     @property
@@ -178,7 +178,7 @@ class RewardSum:
                 function, tokenizer, rollout.prompts, rollout.texts, rollout.finished
             )
         names = [] if prompts is None else prompts.column_names
-        columns = {c: prompts[c] for c in names if c != "prompt"}
+        columns = {c: list(prompts[c]) for c in names if c != "prompt"}
         completions = [
             [{"role": "assistant", "content": text}] for text in rollout.texts
         ]

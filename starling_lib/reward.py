@@ -375,13 +375,12 @@ def _encode_rows(dataset: Dataset | None, tokenizer, max_length: int) -> Dataset
     """Packed rows of a ranking set; rows with fewer than two responses are left out."""
     if dataset is None:
         return None
+    kept = several_responses(dataset)
+    if lost := len(dataset) - len(kept):
+        warnings.warn(f"{lost} rows rank a single response: left out", stacklevel=3)
+        dataset = dataset.select(kept)
     options = {"tokenizer": tokenizer, "max_length": max_length}
     rows = map_rows(dataset, _encode_row, fn_kwargs=options, desc="encoding rankings")
-    kept = [i for i, ends in enumerate(rows["ends"]) if len(ends) > 1]
-    if len(kept) < len(rows):
-        lost = len(rows) - len(kept)
-        warnings.warn(f"{lost} rows rank a single response: left out", stacklevel=3)
-        rows = rows.select(kept)
     return _mean_weight_one(rows)
 
 

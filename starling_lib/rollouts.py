@@ -5,7 +5,6 @@ means.
 """
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.arranged import arranged
 from starling_lib.generation import generate_rows, keeps_states, left_pad, right_pad
-from starling_lib.models import inference
+from starling_lib.models import copy_in, inference, without_wrapper
 from starling_lib.prefix import PADDING, PROMPT, LayoutLost, forward_packed, packs
 from starling_lib.trunk import tapped
 from starling_lib.vocabulary import ChosenLogprobs, streams
@@ -43,7 +42,6 @@ class Rollout:
     response_mask: Tensor  # (N, R) bool
     texts: list[str]  # response without its EOS
     finished: Tensor  # (N,) bool
-    logprobs: Tensor | None = None  # (N, R) float32
     # after so many of the policy's layers, (N, P+R, H), 0 at padding
     states: dict[int, Tensor] | None = None
 
@@ -113,6 +111,7 @@ def sample(
     after so many layers (`keep_after`) are kept where sampling computes them as training
     would: not by a half-precision copy, not in sliding windows.
     """
+    policy = without_wrapper(policy)
     prompts = [messages for messages in prompts for _ in range(samples)]
     encoded = [encode_prompt(tokenizer, m, max_prompt_length) for m in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -187,7 +186,7 @@ def half_precision_copy(policy: PreTrainedModel) -> PreTrainedModel:
         return policy
     if not torch.is_autocast_enabled("cpu"):
         return policy
-    return copy.deepcopy(policy).to(torch.get_autocast_dtype("cpu"))
+    return copy_in(policy, torch.get_autocast_dtype("cpu"))
 
 
 def _rollout(tokenizer, prompts, encoded, responses) -> Rollout:
@@ -354,6 +353,7 @@ def sequence_logprobs(
     progress: bool = False,
 ) -> Tensor:
     """(N, R) float32 log-probabilities of a rollout's tokens under any policy."""
+    policy = without_wrapper(policy)
     out = torch.zeros(rollout.response_mask.shape)
     starts = range(0, len(rollout), batch_size)
     with inference(policy):

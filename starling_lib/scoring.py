@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.generation import right_pad
 from starling_lib.metrics import check_subsets, rewardbench_scores
-from starling_lib.models import inference, reward_head
+from starling_lib.models import inference, reward_head, without_wrapper
 from starling_lib.prefix import pack_ranking
 from starling_lib.released import RELEASED_LENGTH, SCORE_POSITIONS
 from starling_lib.rollouts import Messages, encode_prompt
@@ -95,6 +95,7 @@ def score_responses(
     `released_inputs`; None asks the model's config (`load_starling_rm` writes it there).
     Raises ValueError if the lists differ in length.
     """
+    model = without_wrapper(model)
     read = partial(reward_head, model)
     rows = (tokenizer, prompts, responses, finished)
     return _read_responses(model, rows, read, batch_size, progress, score_position)
@@ -170,7 +171,7 @@ def response_features(
     score_position: str | None = None,
 ) -> Tensor:
     """(N, hidden) float32 states that `score_responses` puts its head on."""
-    rows = (tokenizer, prompts, responses, finished)
+    model, rows = without_wrapper(model), (tokenizer, prompts, responses, finished)
     return _read_responses(
         model, rows, Tensor.float, batch_size, progress, score_position
     )

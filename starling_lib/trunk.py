@@ -30,11 +30,10 @@ def freeze_below(model: PreTrainedModel, num_layers_unfrozen: int | None) -> int
     The final norm and a head that is not tied to the embeddings stay trainable. None
     trains everything. Raises ValueError outside 1 … L.
     """
-    layers = model.base_model.layers
     if num_layers_unfrozen is None:
         return 0
     frozen = _layers_below(model, num_layers_unfrozen)
-    for module in (model.get_input_embeddings(), *layers[:frozen]):
+    for module in (model.get_input_embeddings(), *model.base_model.layers[:frozen]):
         module.requires_grad_(False)
     return frozen
 
@@ -122,10 +121,11 @@ def try_split_trunk(model: PreTrainedModel, num_layers_unfrozen: int | None):
 
     Warns where the architecture does not allow it or something below is trained.
     """
-    layers = len(model.base_model.layers)
-    if num_layers_unfrozen is None or num_layers_unfrozen >= layers:
+    if num_layers_unfrozen is None:
         return None
     try:
+        if num_layers_unfrozen >= len(model.base_model.layers):
+            return None
         lower, upper = split_trunk(model, num_layers_unfrozen)
     except (ValueError, AttributeError) as error:
         warnings.warn(f"no frozen-trunk split: {error}", stacklevel=2)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 WORDS = 2048  # of the vocabulary at a time; logits of 1,000 tokens take 8 MB
 
@@ -97,19 +96,22 @@ class ChosenLogprobs(torch.autograd.Function):
 
 
 def streams(head: nn.Module, config) -> bool:
-    """Can the head's words pass in pieces: a plain, frozen, whole matrix without a cap?
-
-    Not one that somebody moves or gathers when the head is called (accelerate's hooks,
-    DeepSpeed's ZeRO-3, FSDP).
-    """
-    if (
-        type(head) is not nn.Linear
-        or head.bias is not None
-        or hasattr(head, "_hf_hook")
-    ):
-        return False
-    weight = head.weight
-    sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_id")
-    whole = weight.shape == (head.out_features, head.in_features)
+    """Can the head's words pass in pieces: a plain, frozen matrix without bias or cap?"""
     capped = getattr(config, "final_logit_softcapping", None) is not None
-    return whole and not (weight.requires_grad or sharded or capped)
+    plain = is_plain(head) and head.bias is None
+    return plain and not (capped or head.weight.requires_grad)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Is it a linear layer whose whole weight may be read without calling the layer?
+
+    Not one that somebody moves or gathers when it is called (accelerate's hooks,
+    DeepSpeed's ZeRO-3, FSDP), nor one of another kind of tensor (quantised).
+    """
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.shape == (layer.out_features, layer.in_features)
+        and not hasattr(layer.weight, "ds_id")
+        and not hasattr(layer, "_hf_hook")
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -273,7 +273,7 @@ def test_losses_use_their_own_anchor(tokenizer, tmp_path, loss_type, anchor):
     )
     trainer.train()
     rows = trainer._minibatch_rows(1, 0)
-    old = {k: v[rows] for k, v in trainer.experience.items() if k != "counts"}
+    old = {k: v[rows] for k, v in trainer.experience.items() if k != "count"}
     gap = (old["logprobs"] - old["ref_logprobs"]).abs().max().item()
     assert gap > 0.05
     with torch.no_grad():
@@ -400,6 +400,9 @@ def test_lora_trains_adapters_resumes_and_is_read_again(tokenizer, tmp_path, lay
         )
 
     whole = adapted(tmp_path / "run")
+    shared = {id(p) for p in whole.model.policy.parameters() if not p.requires_grad}
+    copied = [p for p in whole.reference.top.parameters() if id(p) not in shared]
+    assert len(copied) == sum(p.requires_grad for p in whole.model.policy.parameters())
     whole.train()
     trained = {n for n, p in whole.model.policy.named_parameters() if p.requires_grad}
     assert trained and all("lora" in name for name in trained)
@@ -528,7 +531,7 @@ def test_a_checkpoint_between_iterations_holds_no_experience(tokenizer, tmp_path
     kept = {p.parent.name for p in tmp_path.glob("*/experience-0.safetensors")}
     assert kept == {"checkpoint-2"}
     experience = load_file(tmp_path / "checkpoint-2" / "experience-0.safetensors")
-    assert {"advantages", "returns", "counts", "trunk_states"} <= set(experience)
+    assert {"advantages", "returns", "count", "trunk_states"} <= set(experience)
 
 
 def test_the_trunk_is_not_run_again_where_sampling_has_run_it(
@@ -1158,9 +1161,7 @@ def test_given_completions_are_learnt_beside_the_reward(tokenizer, tmp_path, lay
     trainer.train()
     logged = [row["ptx_loss"] for row in trainer.state.log_history if "ptx_loss" in row]
     assert logged[-1] < logged[0] - 0.1
-    experience, rows = trainer.experience, trainer._minibatch_rows(5, 3)
-    inputs = {k: v[rows] for k, v in experience.items() if k != "counts"}
-    inputs["count"] = experience["counts"][3]
+    inputs = trainer._minibatch(5, 3)
     trainer._metrics.clear()
     with torch.no_grad():
         trainer.compute_loss(trainer.model, inputs)
@@ -1189,9 +1190,47 @@ def test_completions_change_nothing_of_the_policy_loss(tokenizer, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_completions_weigh_by_their_tokens_however_they_are_accumulated(
+    tokenizer, tmp_path
+):
+    """Four micro-batches of one row, of 2 to 5 tokens, are one batch of four."""
+    gradients = []
+    for size in (1, 4):
+        trainer = make_trainer(
+            tmp_path / str(size),
+            tokenizer,
+            prompts=WITH_COMPLETIONS,
+            ptx_coef=50.0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            max_steps=1,
+        )
+        first = OnFirstStep()
+        trainer.add_callback(first)
+        trainer.train()
+        gradients.append(first.gradient)
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(g.abs().max().item() for g in gradients[1].values())
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5 * largest), name
+
+
 def test_ptx_needs_completions(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="ptx_coef=0.5 needs a column 'completion'"):
         make_trainer(tmp_path, tokenizer, ptx_coef=0.5)
+
+
+def test_settings_given_to_two_trainers_stay_as_they_were_given(tokenizer, tmp_path):
+    """An epoch of 12 prompts is one of 24 no more than the other way round."""
+    args = config(tmp_path, max_steps=-1, num_train_epochs=1, rollout_batch_size=4)
+    steps = []
+    for prompts in (PROMPTS, concatenate_datasets([PROMPTS, PROMPTS])):
+        trainer = APATrainer(
+            tiny_model(), lower_case, args, prompts, processing_class=tokenizer
+        )
+        steps.append(trainer.args.max_steps)
+    assert args.max_steps == -1
+    assert steps[1] == 2 * steps[0] > 0
 
 
 def test_long_prompts_are_left_out_with_a_count(tokenizer, tmp_path):

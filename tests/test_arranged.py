@@ -71,6 +71,35 @@ def test_other_precisions_stay_as_they_are(model, dtype):
         assert not any("forward" in vars(layer) for layer in model.modules())
 
 
+def test_two_weights_of_one_memory_are_two_products():
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(2)))
+    model[1].weight = nn.Parameter(model[0].weight.detach().t())
+    states = torch.randn(3, 8)
+    with torch.no_grad():
+        expected = model(states)
+        with arranged(model):
+            found = model(states)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_neither_a_model_that_is_moved_or_compiled_nor_without_onednn(
+    model, monkeypatch
+):
+    def replaced():
+        with arranged(model):
+            return sum("forward" in vars(layer) for layer in model.modules())
+
+    assert replaced() == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        assert replaced() == 0
+    model._hf_hook = "as accelerate's cpu_offload_with_hook leaves it"
+    assert replaced() == 0
+    del model._hf_hook
+    model.compile()
+    assert replaced() == 0
+
+
 def test_a_layer_that_somebody_moves_keeps_its_own_forward(model):
     model.first.forward = moved = lambda states: states.new_zeros(
         *states.shape[:-1], 40

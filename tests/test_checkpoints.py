@@ -78,6 +78,14 @@ def test_newer_folders_without_a_marker_are_set_aside(tmp_path, capsys):
     assert {"checkpoint-2", "checkpoint-3", "checkpoint-4"} <= names(tmp_path)
 
 
+def test_a_folder_that_another_process_has_set_aside_is_passed_over(
+    tmp_path, monkeypatch
+):
+    make_folders(tmp_path, complete=[2], cut=[4])
+    monkeypatch.setattr(Path, "rename", lambda self, aside: os.rename("gone", aside))
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
+
+
 def test_nothing_complete_means_a_fresh_start(tmp_path):
     assert newest_complete(tmp_path / "missing") is None
     make_folders(tmp_path, complete=[], cut=[5])
@@ -232,9 +240,12 @@ def test_two_processes_resume_together(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [(), ("--layers", 1), ("--lora",)])
+@pytest.mark.parametrize("way", [("--layers", 1), ("--lora",)])
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, way):
-    """One ranking each a step; the first gradient, and the weights after three epochs."""
+    """One ranking each a step; the first gradient, and the weights after three epochs.
+
+    All layers: `test_distributed`, from a stream.
+    """
     options = (*way, "--steps", 6, "--first-gradient", "--batch")
     one = finished_weights(tmp_path / "one", *options, 2)
     two = finished_weights(tmp_path / "two", *options, 1, processes=2)

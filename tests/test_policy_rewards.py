@@ -6,8 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from starling_lib.actor_critic import ActorCritic
 from starling_lib.models import inference
@@ -188,6 +191,38 @@ def test_what_differs_below_is_not_shared(policy, reward_model, tokenizer):
     assert list(rewards.on_trunk) == [4]
     rewards.share_trunk(None)  # a policy without a frozen trunk
     assert list(rewards.on_trunk) == [4]
+
+
+def test_a_reward_model_without_a_list_of_layers_shares_none(policy, tokenizer):
+    trunk = ActorCritic(policy, num_layers_unfrozen=1).frozen_trunk
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 259}
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=1))
+    rewards = RewardSum([model], [tokenizer])
+    rewards.share_trunk(trunk)
+    assert rewards.on_trunk == {}
+
+
+def test_a_reward_model_in_its_wrapper_is_a_reward_model(
+    fp32, reward_model, tokenizer, rollout
+):
+    config = LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False)
+    wrapped = get_peft_model(reward_model, config)
+    told = RewardSum([wrapped], [tokenizer])(None, rollout)
+    texts = rollout.prompts, rollout.texts, rollout.finished
+    assert torch.equal(told, score_responses(wrapped, tokenizer, *texts))
+    with wrapped.disable_adapter():
+        start = score_responses(wrapped, tokenizer, *texts)
+    assert not torch.allclose(told, start, atol=1e-3)
+
+
+def test_a_function_gets_lists_of_the_other_columns(rollout):
+    prompts = Dataset.from_dict({"prompt": ASKED, "answer": ["a", "b", "c"]})
+
+    def reward(prompts, completions, answer):
+        assert type(answer) is list
+        return [0.0] * len(answer + [])
+
+    assert RewardSum(reward)(prompts, rollout).tolist() == [0, 0, 0]
 
 
 def test_taps_are_taken_off_again(policy):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import mistral
+from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import (
     AutoModelForCausalLM,
@@ -219,11 +220,10 @@ def test_a_short_batch_is_padded_to_the_longest(policy, tokenizer, monkeypatch):
 
 def test_select_keeps_fields_together(policy, tokenizer):
     rollout = sample(policy, tokenizer, PROMPTS, max_new_tokens=5)
-    rollout.logprobs = sequence_logprobs(policy, rollout)
     part = rollout.select(torch.tensor([2, 0]))
     assert part.prompts == [PROMPTS[2], PROMPTS[0]]
     assert part.texts == [rollout.texts[2], rollout.texts[0]]
-    for name in ("prompt_ids", "response_mask", "finished", "logprobs"):
+    for name in ("prompt_ids", "response_mask", "finished"):
         assert torch.equal(getattr(part, name), getattr(rollout, name)[[2, 0]])
 
 
@@ -377,6 +377,28 @@ def test_only_a_float32_policy_under_bf16_autocast_is_sampled_from_a_copy(policy
         assert rollouts.half_precision_copy(copied) is copied
     assert copied is not policy and copied.dtype == torch.bfloat16
     assert policy.dtype == torch.float32
+
+
+def test_a_half_precision_copy_rounds_parameters_and_no_angles(policy):
+    """Rounded, the frequencies would turn far tokens by a radian too much."""
+    policy.config.tie_word_embeddings = True
+    policy.tie_weights()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        copied = rollouts.half_precision_copy(policy)
+    assert all(p.dtype == torch.bfloat16 for p in copied.parameters())
+    mine, its = (m.base_model.rotary_emb.inv_freq for m in (policy, copied))
+    assert torch.equal(mine, its) and not torch.equal(its, its.bfloat16().float())
+    assert copied.lm_head.weight is copied.get_input_embeddings().weight
+    assert copied.lm_head.weight is not policy.lm_head.weight
+
+
+def test_a_wrapped_policy_gives_the_log_probabilities_of_its_adapters(policy):
+    rollout, *_ = known_rollout()
+    start = sequence_logprobs(policy, rollout)
+    wrapped = get_peft_model(policy, LoraConfig(r=2, init_lora_weights=False))
+    found = sequence_logprobs(wrapped, rollout)
+    assert torch.equal(found, sequence_logprobs(wrapped.get_base_model(), rollout))
+    assert not torch.allclose(found, start, atol=1e-3)
 
 
 # --- rows without their padding

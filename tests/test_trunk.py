@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from starling_lib import trunk
 from starling_lib.apa import ActorCritic
@@ -25,6 +26,17 @@ pytestmark = pytest.mark.usefixtures("fp32")
 
 
 # --- freezing
+
+
+def test_a_model_without_a_list_of_layers_is_trained_whole():
+    """GPT-2 calls its layers otherwise; asked for all of them, that does not matter."""
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 9}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    assert freeze_below(model, None) == 0
+    assert all(p.requires_grad for p in model.parameters())
+    assert try_split_trunk(model, None) is None
+    with pytest.warns(UserWarning, match="no frozen-trunk split"):
+        assert try_split_trunk(model, 1) is None
 
 
 def test_freeze_below_leaves_the_top_trainable(policy):
