@@ -1,13 +1,17 @@
-"""Studies: which runs count, the gains by hand, intervals that cover."""
+"""Studies: which runs count, the gains by hand, intervals that cover; scripts of both."""
 
+import argparse
+import importlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from starling_lib.journal import line_of
+from starling_lib.journal import line_of, read_jsonl
 from starling_lib.statistics import crossed_interval
 from starling_lib.studies import gain, read_runs, summary
 
@@ -99,10 +103,15 @@ def test_only_a_last_line_may_be_torn_wherever_it_was_cut(tmp_path):
 
 
 @pytest.fixture
-def study(monkeypatch, tmp_path):
+def script(monkeypatch):
+    """A script of tests/benchmarks by its name, as a module."""
     monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
-    import study_apa
+    return importlib.import_module
 
+
+@pytest.fixture
+def study(script, monkeypatch, tmp_path):
+    study_apa = script("study_apa")
     monkeypatch.setattr(study_apa, "RESULTS", tmp_path / "policies.jsonl")
     return study_apa
 
@@ -128,6 +137,158 @@ def test_rloos_kl_is_one_of_whole_responses(study):
     log = {"reward": 0.5, "kl": 6 / 40, "completions/mean_length": 20.0}
     others = [{"loss": 0.1, "num_tokens": 9.0}, {"train_runtime": 1.0}]
     assert study.rloo_curve([log, *others]) == [{"reward": 0.5, "kl": 3.0}]
+
+
+# --- the study of reward models
+
+
+def test_a_study_goes_on_after_a_kill_that_tore_a_line(script, monkeypatch, tmp_path):
+    study, path, made = script("study_reward"), tmp_path / "runs.jsonl", []
+    names = ("accuracy", *(f"accuracy_{kind}" for kind in study.KINDS), "nll", "ece")
+
+    def train(options, *run):
+        made.append(run[2])
+        return dict.fromkeys(names, 0.5) | {"nll": None}
+
+    monkeypatch.setattr(study, "RESULTS", path)
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(sys, "argv", ["study_reward.py", "endings"])
+    study.main()
+    path.write_bytes(path.read_bytes()[:-20])
+    study.main()
+    study.main()
+    assert made == ["eos", "text", "apart", "apart"]
+    assert [row["reading"] for row in read_jsonl(path)] == ["eos", "text", "apart"]
+
+
+def test_what_is_no_number_is_kept_as_none(script, monkeypatch):
+    """Of the first prompt's three pairs two are right; the second has no scores."""
+    from starling_lib import metrics
+
+    study, count, asked = script("study_reward"), metrics.reward_metrics, []
+    monkeypatch.setattr(
+        metrics, "reward_metrics", lambda x: asked.append(x) or count(x)
+    )
+    scores = np.array([[3.0, 1.0, 2.0], [np.nan] * 3])
+    test = {"finished": [[True, True, False], [False, False, True]]}
+    found = study.held_out(scores, test)
+    assert len(asked) == 1
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert (found["accuracy_both_ended"], found["accuracy_both_cut"]) == (1.0, None)
+    line_of(found)  # raises at NaN
+
+
+# --- benchmarks: measurements in processes of their own
+
+WORKER = """
+import json, os, sys
+print("what libraries print")
+if "ill" in sys.argv:
+    sys.exit("no memory")
+print(json.dumps({"pid": os.getpid(), "given": sys.argv[1:]}))
+"""
+
+
+def test_a_worker_is_a_process_whose_last_line_counts(script, tmp_path):
+    turns, path = script("turns"), tmp_path / "worker.py"
+    path.write_text(WORKER)
+    found = turns.run_worker(str(path), "ours", "--prompts", 4)
+    assert found["given"] == ["--worker", "ours", "--prompts", "4"]
+    assert found["pid"] != os.getpid()
+    with pytest.raises(SystemExit, match="^ill failed:\nno memory"):
+        turns.run_worker(str(path), "ill")
+
+
+def test_variants_take_turns_and_all_is_kept_after_each(script, capsys):
+    turns, kept = script("turns"), []
+    runs = {"a": [{"seconds": 9.0}], "c": []}
+
+    def keep():
+        kept.append("".join(name * len(each) for name, each in runs.items()))
+
+    turns.take_turns(runs, "ab", 2, lambda _: {"seconds": 1.25}, keep, "{seconds} s")
+    assert kept == ["ab", "aab", "aabb"]
+    assert runs["a"][0] == {"seconds": 9.0} and runs["c"] == []
+    told = ["1/2 b: 1.25 s", "2/2 a: 1.25 s", "2/2 b: 1.25 s"]
+    assert capsys.readouterr().out.splitlines() == told
+
+
+def test_results_of_another_machine_precision_or_size_are_not_replaced(
+    script, monkeypatch, tmp_path
+):
+    turns, path = script("turns"), tmp_path / "studies" / "speed.json"
+    runs = {"a": [{"seconds": 1.0, "precision": "fp32"}], "b": []}
+    assert turns.earlier_results(path, False, "fp32", size=4) == {}
+    turns.write_results(path, "make it", {"size": 4}, rows=[], runs=runs)
+    before = turns.earlier_results(path, False, "fp32", size=4)
+    assert list(before) == ["date", "command", "machine", "size", "rows", "runs"]
+    assert before["runs"] == runs
+    with pytest.raises(SystemExit, match="with size 4, this is 8: --fresh replaces"):
+        turns.earlier_results(path, False, "fp32", size=8)
+    monkeypatch.setattr(turns, "machine", lambda: "a laptop")
+    with pytest.raises(
+        SystemExit, match="this is a laptop; precision fp32, this is bf16: --fresh"
+    ):
+        turns.earlier_results(path, False, "bf16", size=4)
+    assert turns.earlier_results(path, True, "bf16", size=4) == {}
+
+
+def test_a_table_is_markdown(script):
+    found = script("turns").markdown(["what", "GiB"], [("ours", "1.5"), ("theirs", "")])
+    assert found == "| what | GiB |\n| --- | --- |\n| ours | 1.5 |\n| theirs |  |"
+
+
+@pytest.mark.parametrize(
+    "name, size, figure",
+    [
+        ("bench_reward", "prompts", "prompts_per_second"),
+        ("bench_rollout", "responses", "seconds"),
+    ],
+)
+def test_both_benchmarks_refuse_what_was_measured_in_another_precision(
+    script, monkeypatch, tmp_path, name, size, figure
+):
+    bench, of_all = script(name), ("gflops", "matmul_gflops", "samples_per_second")
+    path = tmp_path / "speed_reward_toy.json" if size == "prompts" else tmp_path / "x"
+    monkeypatch.setattr(bench, "RESULTS", tmp_path if size == "prompts" else path)
+    options = argparse.Namespace(fresh=False, learn=0, data="toy", **{size: 16})
+    variant = next(iter(bench.VARIANTS))
+    one = dict.fromkeys((figure, "peak_gib", *of_all), 2.0) | {"precision": "fp32"}
+    rest = ({},) if size == "prompts" else ()
+    bench.write(options, {variant: [one]}, *rest)
+    data = path.read_bytes()
+    monkeypatch.setenv("STARLING_PRECISION", "fp32")
+    found = bench.measured(options)
+    assert (found[0] if rest else found) == {variant: [one]}
+    monkeypatch.setenv("STARLING_PRECISION", "bf16")
+    with pytest.raises(SystemExit, match="precision fp32, this is bf16"):
+        bench.measured(options)
+    assert path.read_bytes() == data
+
+
+def test_a_profile_of_trls_variant_is_of_trls_trainer(script, monkeypatch):
+    bench, asked = script("bench_reward"), []
+
+    class Trainer:
+        def train(self):
+            pass
+
+    def make(variant, *rest, **changes):
+        asked.append(variant)
+        return Trainer()
+
+    monkeypatch.setattr(bench, "trl_trainer", make)
+    assert bench.maker("shared-4") is bench.our_trainer
+    assert bench.profile("trl-6", "nectar_mini", 1).startswith("| operation |")
+    assert asked == ["trl-6"]
+
+
+def test_all_that_a_profile_times_is_there(script):
+    for owner, name, _ in script("bench_rollout").parts():
+        assert callable(getattr(owner, name))
+
+
+# --- crossed intervals
 
 
 def test_a_crossed_interval_of_one_run_is_the_bootstrap_over_items():

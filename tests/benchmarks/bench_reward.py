@@ -14,7 +14,6 @@ import argparse
 import gzip
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,15 @@ import warnings
 from datetime import date
 from pathlib import Path
 
-from bench_rollout import machine, peak_gib
+from turns import (
+    Runs,
+    earlier_results,
+    markdown,
+    peak_gib,
+    run_worker,
+    take_turns,
+    write_results,
+)
 
 RESULTS = Path(__file__).resolve().parents[2] / "data/studies"
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -43,8 +50,11 @@ VARIANTS = {
 }
 # Those that differ in what they learn; the rest only compute it in another way.
 LEARNERS = ("trl-21", "trl-6", "padded", "shared-1", "top-8", "top-4")
-# Rows of the real sample up to here fit into `max_length`: nobody computes cut texts.
-CHARACTERS, MAX_LENGTH = 3_000, {"nectar_mini": 512, "nectar_sample": 2048}
+MAX_LENGTH = {"nectar_mini": 512, "nectar_sample": 2048}
+# Of the real sample's rows, those (two of three) whose 21 pairs fit into 24 GiB, …
+CHARACTERS = 2_000
+# … so many at a time: the gradients of a step's pairs are added up.
+PAIRS_AT_ONCE = {"nectar_mini": 21, "nectar_sample": 7}
 
 
 # --- one measurement, in a process of its own
@@ -61,7 +71,7 @@ def rankings(data: str, split: str, rows: int):
     with gzip.open(SHARED / "nectar_sample.jsonl.gz", "rt") as file:
         lines = [json.loads(line) for line in file]
     ranked = [r for r in lines if all(a.get("rank") is not None for a in r["answers"])]
-    ranked = [r for r in ranked if characters(r) <= CHARACTERS]
+    ranked = [r for r in ranked if characters(r) <= CHARACTERS and distinct(r)]
     part = ranked[:-37] if split == "train" else ranked[-37:]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sample.jsonl"
@@ -72,6 +82,11 @@ def rankings(data: str, split: str, rows: int):
 def characters(row: dict) -> int:
     """Of a row of Nectar's: its prompt with the longest of its answers."""
     return len(row["prompt"]) + max(len(answer["answer"]) for answer in row["answers"])
+
+
+def distinct(row: dict) -> bool:
+    """Does a row of Nectar's make 21 pairs: are no two answers the same?"""
+    return len({answer["answer"] for answer in row["answers"]}) == 7
 
 
 def padded_scorer(reward_model):
@@ -139,10 +154,12 @@ def trl_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
     pairs = to_preference_pairs(
         rankings(data, "train", prompts), "all" if variant == "trl-21" else "adjacent"
     )
-
+    step = 21 if variant == "trl-21" else 6
+    at_once = min(step, PAIRS_AT_ONCE[data])
     arguments = {
         "output_dir": folder,
-        "per_device_train_batch_size": 21 if variant == "trl-21" else 6,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": step // at_once,
         "train_sampling_strategy": "group_by_length",
         "remove_unused_columns": False,  # its sampler reads `length`
         "gradient_checkpointing": False,
@@ -170,6 +187,11 @@ def trl_trainer(variant: str, data: str, prompts: int, folder: str, **changes):
     ]
     trainer.train_dataset = trainer.train_dataset.add_column("length", lengths)
     return trainer
+
+
+def maker(variant: str):
+    """Which of the two makes a variant's trainer."""
+    return trl_trainer if variant.startswith("trl") else our_trainer
 
 
 def tokens_of(trainer) -> int:
@@ -212,7 +234,7 @@ def measure(variant: str, data: str, prompts: int) -> dict[str, float]:
         def on_step_end(self, *args, **kwargs):
             ends.append(time.perf_counter())
 
-    make = trl_trainer if variant.startswith("trl") else our_trainer
+    make = maker(variant)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(variant, data, prompts, folder, max_steps=warmup + epoch)
         trainer.add_callback(Clock())
@@ -234,9 +256,9 @@ def learn(variant: str, data: str, prompts: int) -> dict[str, float]:
     from starling_lib.metrics import metric_intervals
     from starling_lib.scoring import score_responses
 
-    ours = not variant.startswith("trl")
+    make = maker(variant)
+    ours = make is our_trainer
     changes = {"per_device_train_batch_size": 1} if ours else {}
-    make = our_trainer if ours else trl_trainer
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(variant, data, prompts, folder, num_train_epochs=1, **changes)
         trainer.train()
@@ -261,33 +283,31 @@ def profile(variant: str, data: str, prompts: int) -> str:
     from torch.profiler import profile as record
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = our_trainer(variant, data, prompts, folder, num_train_epochs=1)
+        trainer = maker(variant)(variant, data, prompts, folder, num_train_epochs=1)
         with record(activities=[ProfilerActivity.CPU]) as recorded:
             trainer.train()
     spent = sorted(recorded.key_averages(), key=lambda e: -e.self_cpu_time_total)
     whole = sum(event.self_cpu_time_total for event in spent)
-    lines = ["| operation | seconds | share |", "| --- | --- | --- |"]
+    rows = []
     for event in spent[:12]:
         seconds = event.self_cpu_time_total
-        lines.append(f"| `{event.key}` | {seconds / 1e6:.1f} | {seconds / whole:.0%} |")
-    return "\n".join(lines)
+        rows.append(
+            (f"`{event.key}`", f"{seconds / 1e6:.1f}", f"{seconds / whole:.0%}")
+        )
+    return markdown(["operation", "seconds", "share"], rows)
 
 
 # --- all of them, in turns
 
 
 def run(variant: str, options, kind: str) -> dict[str, float]:
-    """One measurement in a new process; its last line is the result."""
+    """One measurement in a new process, by `measure` or, of that kind, by `learn`."""
     prompts = options.learn if kind == "learn" else options.prompts
-    command = [sys.executable, __file__, "--worker", variant, "--kind", kind]
-    command += ["--data", options.data, "--prompts", str(prompts)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{variant} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    given = ("--kind", kind, "--data", options.data, "--prompts", prompts)
+    return run_worker(__file__, variant, *given)
 
 
-def summary(runs: dict[str, list[dict]], learned: dict[str, dict]) -> list[dict]:
+def summary(runs: Runs, learned: dict[str, dict]) -> list[dict]:
     """Medians a variant; speed as a multiple of TRL's on 21 pairs, and of a matmul's.
 
     The matmul's is the best that any of these processes saw: a probe of a second may hit
@@ -320,7 +340,7 @@ def table(rows: list[dict]) -> str:
         "of peak",
         "accuracy",
     ]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         accuracy = "–"
         if "accuracy" in row:
@@ -336,7 +356,7 @@ def table(rows: list[dict]) -> str:
                 accuracy,
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, lines)
 
 
 def main() -> None:
@@ -370,17 +390,14 @@ def main() -> None:
         print(profile(options.only[0], options.data, options.prompts))
         return
     runs, learned = measured(options)
-    for repeat in range(options.repeats):
-        for variant in options.only:
-            if len(runs.setdefault(variant, [])) > repeat:
-                continue
-            runs[variant].append(run(variant, options, "speed"))
-            speed = runs[variant][-1]["prompts_per_second"]
-            print(
-                f"{repeat + 1}/{options.repeats} {variant}: {speed:.3f} prompts/s",
-                flush=True,
-            )
-            write(options, runs, learned)
+    take_turns(
+        runs,
+        options.only,
+        options.repeats,
+        measure=lambda variant: run(variant, options, "speed"),
+        keep=lambda: write(options, runs, learned),
+        figure="{prompts_per_second:.3f} prompts/s",
+    )
     for variant in (v for v in options.only if options.learn and v in LEARNERS):
         if variant not in learned:
             learned[variant] = run(variant, options, "learn")
@@ -390,45 +407,34 @@ def main() -> None:
     print(f"\n{table(rows)}\n\n{path}")
 
 
-def measured(options) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+def results(options) -> Path:
+    """Where the figures of a data set are kept."""
+    return RESULTS / f"speed_reward_{options.data}.json"
+
+
+def measured(options) -> tuple[Runs, dict[str, dict]]:
     """What an earlier call measured on this machine, so that this one goes on with it."""
     from starling_lib.models import precision
 
-    path = RESULTS / f"speed_reward_{options.data}.json"
-    if options.fresh or not path.exists():
-        return {}, {}
-    before = json.loads(path.read_text())
-    formats = {m["precision"] for each in before["runs"].values() for m in each}
-    of = (before["machine"], before["prompts"], formats)
-    now = (machine(), options.prompts, {precision()})
-    if of != now:
-        raise SystemExit(
-            f"{path} was measured with {of}, this is {now}: --fresh replaces it"
-        )
+    before = earlier_results(
+        results(options), options.fresh, precision(), prompts=options.prompts
+    )
     asked = options.learn or None
     kept = {
         v: r
         for v, r in before.get("learned", {}).items()
         if asked in (None, r["learned_from"])
     }
-    return before["runs"], kept
+    return before.get("runs", {}), kept
 
 
-def write(options, runs: dict[str, list[dict]], learned: dict) -> tuple[Path, list]:
+def write(options, runs: Runs, learned: dict) -> tuple[Path, list]:
     """Keep what was measured so far."""
+    path = results(options)
     rows = summary({v: each for v, each in runs.items() if each}, learned)
-    result = {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python tests/benchmarks/bench_reward.py", *sys.argv[1:]]),
-        "machine": machine(),
-        "prompts": options.prompts,
-        "rows": rows,
-        "runs": runs,
-        "learned": learned,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"speed_reward_{options.data}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    command = " ".join(["python tests/benchmarks/bench_reward.py", *sys.argv[1:]])
+    sizes = {"prompts": options.prompts}
+    write_results(path, command, sizes, rows=rows, runs=runs, learned=learned)
     return path, rows
 
 

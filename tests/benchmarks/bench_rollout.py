@@ -16,15 +16,20 @@ writes `data/studies/speed_rollout.json`; memory is the peak over what the impor
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
+
+from turns import (
+    Runs,
+    earlier_results,
+    markdown,
+    peak_gib,
+    run_worker,
+    take_turns,
+    write_results,
+)
 
 RESULTS = Path(__file__).resolve().parents[2] / "data/studies/speed_rollout.json"
 NEW_TOKENS, BATCH, EPOCHS, MODEL = 64, 16, 2, "smollm2-135m"
@@ -182,16 +187,33 @@ def iteration(run, layers: int | None, responses: int) -> float:
     return seconds
 
 
-def profile(responses: int) -> str:
-    """Seconds of each part of our iteration, as a Markdown table.
+def parts() -> list[tuple[object, str, str]]:
+    """What `profile` times: the owner of a function, its name, what the table calls it.
 
     The parts marked "…" lie inside the others and are not counted beside them.
     """
-    from functools import wraps
-
     import torch
 
-    from starling_lib import actor_critic, apa, policy_rewards
+    from starling_lib import actor_critic
+    from starling_lib.apa import APATrainer
+    from starling_lib.policy_rewards import RewardSum
+
+    once = "policy, critic, reference, reward: once"
+    return [
+        (APATrainer, "_forward_in_parts", once),
+        (RewardSum, "each", "rewards read from texts"),
+        (APATrainer, "compute_loss", "updates, forward"),
+        (torch.Tensor, "backward", "updates, backward"),
+        (actor_critic, "states_before", "… of all that: trained layers, forward"),
+        (actor_critic, "word_logprobs", "… of all that: the head and its gradient"),
+    ]
+
+
+def profile(responses: int) -> str:
+    """Seconds of each of `parts` of our iteration, as a Markdown table."""
+    from functools import wraps
+
+    from starling_lib import apa
 
     spent: dict[str, float] = {}
 
@@ -215,21 +237,16 @@ def profile(responses: int) -> str:
         timed(self, "sampler", "sampling")
 
     apa.APATrainer.__init__ = sampler_timed
-    timed(
-        apa.APATrainer, "_forward_in_parts", "policy, critic, reference, reward: once"
-    )
-    timed(policy_rewards.RewardSum, "each", "rewards read from texts")
-    timed(apa.APATrainer, "compute_loss", "updates, forward")
-    timed(torch.Tensor, "backward", "updates, backward")
-    timed(actor_critic, "row_states", "… of all that: trained layers, forward")
-    timed(actor_critic, "word_logprobs", "… of all that: the head and its gradient")
+    for owner, name, part in parts():
+        timed(owner, name, part)
     iteration(apa_iteration, 4, BATCH)
     spent.clear()
     whole = iteration(apa_iteration, 4, responses)
-    lines = ["| part | seconds | share |", "| --- | --- | --- |"]
-    for part, seconds in {"the iteration": whole, **spent}.items():
-        lines.append(f"| {part} | {seconds:.1f} | {seconds / whole:.0%} |")
-    return "\n".join(lines)
+    rows = [
+        (part, f"{seconds:.1f}", f"{seconds / whole:.0%}")
+        for part, seconds in {"the iteration": whole, **spent}.items()
+    ]
+    return markdown(["part", "seconds", "share"], rows)
 
 
 def sampling(how: str, responses: int) -> dict[str, float]:
@@ -329,13 +346,6 @@ def full_update() -> float:
     return seconds
 
 
-def peak_gib() -> float:
-    """Peak resident memory of this process alone (ru_maxrss begins at the parent's)."""
-    status = Path("/proc/self/status").read_text()
-    line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
-
-
 def measure(variant: str, responses: int) -> dict[str, float]:
     """One measurement in this process."""
     import trl.trainer.rloo_trainer  # noqa: F401  so that all variants import the same
@@ -359,30 +369,12 @@ def measure(variant: str, responses: int) -> dict[str, float]:
     }
 
 
-def machine() -> str:
-    """The processor's name and how many cores this process may use."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(
-            x.split(":")[1].strip() for x in lines if x.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {cores} cores"
-
-
 def run(variant: str, options) -> dict[str, float]:
-    """One measurement in a new process; its last line is the result."""
-    command = [sys.executable, __file__, "--worker", variant]
-    command += ["--responses", str(options.responses)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{variant} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """One measurement in a new process."""
+    return run_worker(__file__, variant, "--responses", options.responses)
 
 
-def summary(runs: dict[str, list[dict]]) -> list[dict]:
+def summary(runs: Runs) -> list[dict]:
     """Medians a variant; speed as a multiple of its rival, memory of one full copy.
 
     The peak is the best that any process saw: a probe of a second tells what else the
@@ -417,23 +409,23 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The summary as a Markdown table."""
-    lines = [
-        "| variant | runs | seconds | samples/s | × its rival | GiB | of one full copy "
-        "| of the matmul peak |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["variant", "runs", "seconds", "samples/s", "× its rival", "GiB"]
+    head += ["of one full copy", "of the matmul peak"]
+    lines = []
     for row in rows:
-        times = f"{row['times_rival']:.1f}" if "times_rival" in row else ""
-        share = f"{row['of_a_copy']:.2f}" if "of_a_copy" in row else ""
-        peak = f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else ""
-        figures = (
-            f"{row['runs']} | {row['seconds']:.0f} | {row['samples_per_second']:.2f}"
-        )
         lines.append(
-            f"| {row['what']} | {figures} | {times} | {row['peak_gib']:.1f} | {share} "
-            f"| {peak} |"
+            [
+                row["what"],
+                f"{row['runs']}",
+                f"{row['seconds']:.0f}",
+                f"{row['samples_per_second']:.2f}",
+                f"{row['times_rival']:.1f}" if "times_rival" in row else "",
+                f"{row['peak_gib']:.1f}",
+                f"{row['of_a_copy']:.2f}" if "of_a_copy" in row else "",
+                f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else "",
+            ]
         )
-    return "\n".join(lines)
+    return markdown(head, lines)
 
 
 def main() -> None:
@@ -461,40 +453,31 @@ def main() -> None:
         print(json.dumps(measure(options.worker, options.responses)))
         return
     runs = {variant: [] for variant in VARIANTS} | measured(options)
-    for repeat in range(options.repeats):
-        for variant in options.only:
-            if len(runs[variant]) > repeat:
-                continue
-            runs[variant].append(run(variant, options))
-            seconds = runs[variant][-1]["seconds"]
-            print(
-                f"{repeat + 1}/{options.repeats} {variant}: {seconds:.1f} s", flush=True
-            )
-            write(options, runs)
+    take_turns(
+        runs,
+        options.only,
+        options.repeats,
+        measure=lambda variant: run(variant, options),
+        keep=lambda: write(options, runs),
+        figure="{seconds:.1f} s",
+    )
     print(f"\n{table(summary(runs))}")
 
 
-def measured(options) -> dict[str, list[dict]]:
+def measured(options) -> Runs:
     """What an earlier call measured on this machine with as many responses."""
-    if options.fresh or not RESULTS.exists():
-        return {}
-    before = json.loads(RESULTS.read_text())
-    same = (before["machine"], before["responses"]) == (machine(), options.responses)
-    return before["runs"] if same else {}
+    from starling_lib.models import precision
+
+    before = earlier_results(
+        RESULTS, options.fresh, precision(), responses=options.responses
+    )
+    return before.get("runs", {})
 
 
-def write(options, runs: dict[str, list[dict]]) -> None:
+def write(options, runs: Runs) -> None:
     """Keep what was measured so far."""
-    result = {
-        "date": date.today().isoformat(),
-        "command": "make bench-rollout",
-        "machine": machine(),
-        "responses": options.responses,
-        "rows": summary(runs),
-        "runs": runs,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    sizes = {"responses": options.responses}
+    write_results(RESULTS, "make bench-rollout", sizes, rows=summary(runs), runs=runs)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench_rollout import machine, reward_function
+from bench_rollout import reward_function
+from turns import machine
 
 from starling_lib.journal import open_journal
 from starling_lib.studies import RUN_KEYS, read_runs, summary
@@ -242,7 +243,7 @@ def read(rollout, actor, reference, rewards) -> dict:
     import torch
 
     from starling_lib.models import inference
-    from starling_lib.objectives import kl_k3
+    from starling_lib.objectives import response_kl
     from starling_lib.rollouts import TOKEN_FIELDS
 
     kls, scores = [], []
@@ -255,8 +256,8 @@ def read(rollout, actor, reference, rewards) -> dict:
             scores.append(rewards.read(below, tokens))
             trunk = below[max(below)]
             now = actor(**tokens, trunk_states=trunk)["logprobs"]
-            kl = kl_k3(now, reference.logprobs(tokens, trunk))
-            kls.append(torch.where(rows.response_mask, kl, 0).sum(1))
+            start = reference.logprobs(tokens, trunk)
+            kls.append(response_kl(now, start, rows.response_mask))
     known = {i: torch.cat([part[i] for part in scores]) for i in scores[0]}
     proxy, gold = rewards.each(None, rollout, known)
     return {"proxy": proxy, "gold": gold, "kl": torch.cat(kls).float()}

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from starling_lib.journal import open_journal, read_jsonl
+
 RESULTS = Path(__file__).resolve().parents[2] / "data/studies/reward_models.jsonl"
 # study → its runs: (share of the rows, loss, reading of endings)
 STUDIES = {
@@ -95,25 +97,28 @@ def train(options, fraction, loss, reading, seed, cache: Path) -> dict:
     return held_out(scores, test)
 
 
-def held_out(scores: np.ndarray, test) -> dict[str, float]:
-    """Metrics of (N, K) scores, best first, and pair accuracy by the endings of a pair."""
+def held_out(scores: np.ndarray, test) -> dict[str, float | None]:
+    """Metrics of (N, K) scores, best first, and pair accuracy by the endings of a pair.
+
+    None for what is no number, as after a collapse: JSON knows no NaN.
+    """
     from starling_lib.metrics import reward_metrics
 
     kept = ("accuracy", "adjacent_accuracy", "top1", "kendall_tau", "nll", "ece")
-    figures = {name: reward_metrics(scores)[name] for name in kept}
+    metrics = reward_metrics(scores)
+    figures = {name: metrics[name] for name in kept}
     ended = np.array(test["finished"])
     better, worse = np.triu_indices(ended.shape[1], 1)
     wins = (np.sign(scores[:, better] - scores[:, worse]) + 1) / 2
     both = ended[:, better].astype(int) + ended[:, worse]
     for name, number in zip(KINDS, (2, 0, 1), strict=True):
         figures[f"accuracy_{name}"] = float(wins[both == number].mean())
-    return figures
+    return {name: x if np.isfinite(x) else None for name, x in figures.items()}
 
 
-def done(path: Path = RESULTS) -> list[dict]:
-    """The runs on disk; a line that a kill cut off is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def done() -> list[dict]:
+    """The runs on disk; a last line that a kill cut off is left out: it is made again."""
+    return list(read_jsonl(RESULTS, KEYS, torn_end=True)) if RESULTS.exists() else []
 
 
 def compare_losses(runs: pd.DataFrame) -> pd.DataFrame:
@@ -166,8 +171,8 @@ def main() -> None:
         for number, run in enumerate(todo, 1):
             figures = train(options, *run, Path(options.cache or folder))
             line = dict(zip(KEYS, (*run, *setting), strict=True)) | figures
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with open_journal(RESULTS, wait=60) as journal:  # others may write, too
+                journal.append(line)
             print(f"{number}/{len(todo)}", json.dumps(line), flush=True)
     kept = [run for run in done() if tuple(run[key] for key in KEYS[4:]) == setting]
     compare = {"losses": compare_losses, "endings": compare_endings}[options.study]
