@@ -53,9 +53,9 @@ BUDGETS = {
 }
 SLOW_BUDGETS = {
     "01_nectar": 1,
-    "02_reward_model": 10.5,
-    "03_apa": 11,
-    "04_evaluation": 6.5,
+    "02_reward_model": 11,
+    "03_apa": 12,
+    "04_evaluation": 8.5,
     "05_full_scale": 3,
 }
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "scipy")
@@ -209,9 +209,11 @@ def available_cores() -> int:
 def kernel_environment() -> dict[str, str]:
     """Return the environment of a kernel: figures inline, no more threads than cores.
 
-    Torch counts the machine's cores, not the container's share of them.
+    Torch counts the machine's cores, not the container's share of them. Of several GPUs
+    a kernel sees the first, for a single process trains on one.
     """
     environment = dict(os.environ, MPLBACKEND=INLINE_FIGURES)
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if available_cores() < (os.cpu_count() or 1):
         environment.setdefault("OMP_NUM_THREADS", str(available_cores()))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")

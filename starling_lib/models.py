@@ -324,7 +324,10 @@ def resolve(name: str | os.PathLike) -> str:
 def load_policy(
     name: str | os.PathLike = BUNDLED_ALIAS, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Load a causal language model by alias, hub id or folder, in evaluation mode."""
+    """Load a causal language model, in evaluation mode.
+
+    `name`: "smollm2-135m" (fetched once), "tiny" (two random layers), a hub id, a folder.
+    """
     if str(name) == TINY_ALIAS:
         return copy_in(tiny_model(), dtype)
     with quiet():

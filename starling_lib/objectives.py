@@ -78,8 +78,9 @@ def apa_loss(
 ) -> Tensor:
     """Advantage-induced policy alignment (Zhu et al. 2023, arXiv 2306.02231).
 
-    mean over response tokens of (log π_θ − log π_anchor − A/λ)². The anchor is the initial
-    policy in the paper, the rollout policy in Starling's code. Z(s) is taken as 1.
+    From (N, R) tensors a scalar, the mean over response tokens of
+    (log π_θ − log π_anchor − A/λ)². The anchor is the initial policy in the paper, the
+    rollout policy in Starling's code. Z(s) is taken as 1.
 
     >>> mask = torch.tensor([[True]])
     >>> now, anchor, advantage = (torch.tensor([[x]]) for x in (-1.0, -1.5, 0.5))
@@ -100,7 +101,8 @@ def awr_loss(
 ) -> Tensor:
     """Advantage-weighted regression (Peng et al. 2019, arXiv 1910.00177, eq. 9).
 
-    −mean of exp(A/λ)·log π_θ, weights clipped at `max_weight` as in that paper (§5).
+    From (N, R) tensors a scalar: −mean over response tokens of exp(A/λ)·log π_θ, weights
+    clipped at `max_weight` as in that paper (§5).
     """
     weights = (advantages / awr_lambda).exp().clamp(max=max_weight)
     return -masked_mean(weights * logprobs, mask, count)
@@ -114,7 +116,10 @@ def ppo_loss(
     cliprange: float,
     count: Tensor | float | None = None,
 ) -> Tensor:
-    """Clipped surrogate of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7), negated."""
+    """Clipped surrogate of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7), negated.
+
+    From (N, R) tensors a scalar, a mean over response tokens.
+    """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
@@ -129,7 +134,10 @@ def value_loss(
     cliprange: float | None = None,
     count: Tensor | float | None = None,
 ) -> Tensor:
-    """½ mean (V − R)²; with `cliprange`, the larger of clipped and unclipped (PPO2)."""
+    """½ mean (V − R)²; with `cliprange`, the larger of clipped and unclipped (PPO2).
+
+    From (N, R) tensors a scalar, a mean over response tokens.
+    """
     error = (values - returns) ** 2
     if cliprange is not None:
         near = old_values + (values - old_values).clamp(-cliprange, cliprange)
