@@ -54,7 +54,7 @@ test: lint  ## lint, fast tests, notebooks on the tiny preset
 test-slow: $(STAMP)  ## tests that need SmolLM2, kills or second processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
-bench-reward: $(STAMP)  ## speed of reward training, TRL beside ours (two hours)
+bench-reward: $(STAMP)  ## speed of reward training, TRL beside ours (hours)
 	$(OFFLINE) $(PY) tests/benchmarks/bench_reward.py --learn 16 $(ARGS)
 	$(OFFLINE) $(PY) tests/benchmarks/bench_reward.py --data nectar_sample $(ARGS)
 
