@@ -441,13 +441,13 @@ class ValueHead(nn.Module):
 
 
 def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy with parameters of `dtype`, for inference; buffers stay as they are.
+    """A copy with parameters of `dtype`; buffers stay as they are.
 
     So does `from_pretrained` load a model. `to(bfloat16)` would round the frequencies of
     rotary embeddings, too: a thousand tokens on, angles are then wrong by a radian.
     """
     cast = {
-        id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        id(p): nn.Parameter(p.detach().to(dtype), p.requires_grad)
         for p in model.parameters()
         if p.is_floating_point()
     }

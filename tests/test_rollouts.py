@@ -386,6 +386,7 @@ def test_a_half_precision_copy_rounds_parameters_and_no_angles(policy):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         copied = rollouts.half_precision_copy(policy)
     assert all(p.dtype == torch.bfloat16 for p in copied.parameters())
+    assert all(p.requires_grad for p in copied.parameters())
     mine, its = (m.base_model.rotary_emb.inv_freq for m in (policy, copied))
     assert torch.equal(mine, its) and not torch.equal(its, its.bfloat16().float())
     assert copied.lm_head.weight is copied.get_input_embeddings().weight
