@@ -26,8 +26,9 @@ def arranged(model: nn.Module) -> Iterator[None]:
     and precisions stay as they are, and so does a model that somebody moves or has
     compiled when it is called.
     """
-    layers = [layer for layer in model.modules() if _arrangeable(layer)]
-    layers = [] if any(map(_watched, model.modules())) else layers
+    modules = list(model.modules())
+    may = _offered() and not any(map(_watched, modules))
+    layers = [layer for layer in modules if may and _arrangeable(layer)]
     copies: dict[nn.Parameter, Tensor] = {}  # a tied weight is arranged once
     try:
         for layer in layers:
@@ -38,6 +39,13 @@ def arranged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+def _offered() -> bool:
+    """Does this torch have oneDNN's products, and are they switched on?"""
+    backend = torch.backends.mkldnn
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return backend.is_available() and backend.enabled and there
 
 
 def _watched(module: nn.Module) -> bool:
@@ -51,9 +59,6 @@ def _arrangeable(layer: nn.Module) -> bool:
         and "forward" not in vars(layer)
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 

@@ -68,7 +68,7 @@ def config(folder, base="starling", **changes) -> APAConfig:
     return getattr(APAConfig, base)(**{**arguments, **changes})
 
 
-EXTRA = ("value_model", "eval_dataset", "peft_config", "model")
+EXTRA = ("value_model", "eval_dataset", "peft_config", "model", "sampler")
 
 
 def make_trainer(folder, tokenizer, reward=lower_case, prompts=PROMPTS, **changes):
@@ -1218,6 +1218,29 @@ def test_completions_weigh_by_their_tokens_however_they_are_accumulated(
 def test_ptx_needs_completions(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="ptx_coef=0.5 needs a column 'completion'"):
         make_trainer(tmp_path, tokenizer, ptx_coef=0.5)
+
+
+def test_while_sampling_no_earlier_experience_is_held(tokenizer, tmp_path):
+    held = []
+
+    def sampler(*arguments, **named):
+        held.append(trainer.experience)
+        return sample(*arguments, **named)
+
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=8, sampler=sampler)
+    trainer.train()
+    assert held == [None, None]
+
+
+def test_exact_kl_runs_the_reference_once_a_minibatch(tokenizer, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer, exact_kl=True)
+    reference, calls = trainer.reference.top, []
+    forward = reference.forward
+    monkeypatch.setattr(
+        reference, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k)
+    )
+    trainer.collect(trainer.prompts.select(range(8)), 0)
+    assert len(calls) == 2
 
 
 def test_settings_given_to_two_trainers_stay_as_they_were_given(tokenizer, tmp_path):

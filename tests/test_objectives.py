@@ -18,6 +18,7 @@ from starling_lib.objectives import (
     masked_moments,
     masked_whiten,
     ppo_loss,
+    response_kl,
     value_loss,
 )
 
@@ -63,6 +64,13 @@ def test_k1_may_be_negative_and_the_others_never():
     assert kl_k1(log_ratio, zero).min() < 0
     for estimator in (kl_k2, kl_k3):
         assert estimator(log_ratio, zero).min() == 0
+
+
+def test_the_kl_of_a_response_is_the_sum_over_its_own_tokens():
+    logprobs, start = torch.full((2, 3), -1.0), torch.tensor([[-1.0, -2.0, -9.0]] * 2)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    expected = torch.tensor([torch.e**-1, 0.0])
+    assert torch.allclose(response_kl(logprobs, start, mask), expected)
 
 
 def test_k3_keeps_its_digits_near_zero():

@@ -200,6 +200,13 @@ def test_threads_follow_a_restricted_machine_only(monkeypatch):
     assert run.kernel_environment()["OMP_NUM_THREADS"] == "1"
 
 
+def test_of_several_gpus_a_kernel_sees_the_first_or_those_chosen(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert run.kernel_environment()["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert run.kernel_environment()["CUDA_VISIBLE_DEVICES"] == "3"
+
+
 @pytest.mark.parametrize(
     ("quota", "cores"), [("max 100000", 8), ("150000 100000", 2), ("9900000 100000", 8)]
 )
