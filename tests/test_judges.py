@@ -839,6 +839,9 @@ def test_closing_the_run_cancels_what_waits():
 
     run = ask_all(Waiting(), [(HELLO, draw) for draw in range(9)])
     assert next(run) == (0, Reply("x"))
+    until = time.monotonic() + 5
+    while len(Waiting.started) < 3 and time.monotonic() < until:
+        time.sleep(0.01)  # the first one's thread takes what is next
     run.close()
     Waiting.go_on.set()
     time.sleep(0.1)

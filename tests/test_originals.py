@@ -188,7 +188,7 @@ def test_the_reward_sits_on_the_last_token_of_each_row(batch):
     assert objectives.gae(late, **gae)[0][1].abs().sum().item() == 0  # never seen
 
 
-def test_logprobs_belong_to_the_tokens_they_are_masked_with(policy, tokenizer):
+def test_logprobs_belong_to_the_tokens_they_are_masked_with(fp32, policy, tokenizer):
     """Token t is predicted one position before it stands; the early mask is off by one."""
     from starling_lib.rollouts import sample
 
