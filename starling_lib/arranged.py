@@ -19,16 +19,16 @@ from starling_lib.vocabulary import is_plain
 
 @contextlib.contextmanager
 def arranged(model: nn.Module) -> Iterator[None]:
-    """Inside, float32 linear layers on a CPU multiply by arranged copies of their weights.
+    """Inside, linear layers on a CPU multiply by arranged copies of their weights.
 
-    Without gradients, and weights must not change inside; rounding differs in the last
-    digits. The copies take as much memory as the weights. Layers of other kinds, devices
-    and precisions stay as they are, and so does a model that somebody moves or has
-    compiled when it is called.
+    Those of float32, and of bfloat16 where the CPU has it. Without gradients, and weights
+    must not change inside; rounding differs in the last digits. The copies take as much
+    memory as the weights. Layers of other kinds, devices and precisions stay as they are,
+    and so does a model that somebody moves or has compiled when it is called.
     """
     modules = list(model.modules())
-    may = _offered() and not any(map(_watched, modules))
-    layers = [layer for layer in modules if may and _arrangeable(layer)]
+    formats = () if any(map(_watched, modules)) else _offered()
+    layers = [layer for layer in modules if _arrangeable(layer, formats)]
     copies: dict[nn.Parameter, Tensor] = {}  # a tied weight is arranged once
     try:
         for layer in layers:
@@ -41,11 +41,15 @@ def arranged(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _offered() -> bool:
-    """Does this torch have oneDNN's products, and are they switched on?"""
-    backend = torch.backends.mkldnn
-    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return backend.is_available() and backend.enabled and there
+def _offered() -> tuple[torch.dtype, ...]:
+    """Formats in which this torch, on this CPU, has oneDNN's products switched on."""
+    backend, ops = torch.backends.mkldnn, torch.ops.mkldnn
+    if not (backend.is_available() and backend.enabled):
+        return ()
+    if not hasattr(ops, "_linear_pointwise"):
+        return ()
+    half = ops._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
 
 
 def _watched(module: nn.Module) -> bool:
@@ -53,12 +57,12 @@ def _watched(module: nn.Module) -> bool:
     return hasattr(module, "_hf_hook") or module._compiled_call_impl is not None
 
 
-def _arrangeable(layer: nn.Module) -> bool:
+def _arrangeable(layer: nn.Module, formats: tuple[torch.dtype, ...]) -> bool:
     return (
         is_plain(layer)
         and "forward" not in vars(layer)
         and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
+        and layer.weight.dtype in formats
     )
 
 

@@ -370,7 +370,8 @@ def sampling_memory(
     Nothing is kept for a backward pass, and gradients are given back after each step, but
     for DDP's buckets. The cache holds keys (float32 under autocast, because rotation is)
     and values of all rows to their end, or, while prompts are read, those twice. On a CPU
-    a copy of the weights samples, in low precision or, of float32, arranged (`arranged`).
+    an arranged copy of the weights samples (`arranged`), under autocast that of a copy in
+    low precision.
     `logits`: of one token a row, in float32 and float64, as they are sampled from.
     `trunk states`, where no low-precision copy samples, in the cache, by row and as one
     tensor.
@@ -378,8 +379,9 @@ def sampling_memory(
     state = state_bytes(policy, load, head=True)
     buckets = load.sharding == "none" and load.devices > 1
     state["gradients"] *= 0.5 if buckets else 0
-    if load.on_cpu and (load.autocast or load.bytes_compute == 4):
-        state["working copies"] = policy.parameters * load.bytes_compute
+    if load.on_cpu:
+        copies = 2 if load.autocast else 1
+        state["working copies"] = copies * policy.parameters * load.bytes_compute
     key = load.bytes_parameter if load.autocast else load.bytes_compute
     token = policy.layers * policy.key_value * (key + load.bytes_compute)
     reading = 2 * rows * prompt * token

@@ -65,7 +65,26 @@ def test_afterwards_the_layers_learn_and_read_their_weights_again(model):
     assert model.second.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.skipif(
+    torch.bfloat16 not in module._offered(), reason="this CPU has no bfloat16"
+)
+def test_bfloat16_is_arranged_where_the_cpu_has_it(model):
+    states = torch.randn(7, 24, dtype=torch.bfloat16)
+    with torch.no_grad(), arranged(model.to(torch.bfloat16)):
+        found = model(states)
+        assert all("forward" in vars(layer) for layer in model.children())
+    with torch.no_grad():
+        expected = model.float()(states.float())
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_bfloat16_stays_where_the_cpu_lacks_it(model, monkeypatch):
+    monkeypatch.setattr(module, "_offered", lambda: (torch.float32,))
+    with arranged(model.to(torch.bfloat16)):
+        assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_precisions_stay_as_they_are(model, dtype):
     with arranged(model.to(dtype)):
         assert not any("forward" in vars(layer) for layer in model.modules())

@@ -109,10 +109,13 @@ def test_training_all_of_a_policy_takes_sixteen_bytes_a_parameter_and_the_copies
 
 @pytest.mark.parametrize("number_format", [2, 4])
 def test_on_a_cpu_a_copy_of_the_weights_samples(number_format):
-    """A bf16 copy, or float32 weights arranged (`arranged`); a GPU needs neither."""
+    """A bf16 copy and that arranged (`arranged`), or float32 weights arranged.
+
+    A GPU needs none of them.
+    """
     load = Load(tokens=0, bytes_compute=number_format, on_cpu=True)
     memory = sampling_memory(SMALL, SMALL, load, rows=8, prompt=10, response=30)
-    assert memory["working copies"] == number_format * SMALL.parameters
+    assert memory["working copies"] == 4 * SMALL.parameters
     gpu = dataclasses.replace(load, on_cpu=False)
     there = sampling_memory(SMALL, SMALL, gpu, rows=8, prompt=10, response=30)
     assert there["working copies"] != memory["working copies"]

@@ -288,7 +288,10 @@ def generator(how: str, policy, tokenizer, encoded: list[list[int]]):
 
     from starling_lib.generation import left_pad
     from starling_lib.models import inference
+    from starling_lib.rollouts import half_precision_copy
 
+    with inference(policy):  # autocast would cast every weight for every token
+        policy = half_precision_copy(policy)
     ids, mask = left_pad(encoded, tokenizer.pad_token_id)
     options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": tokenizer.pad_token_id}
     options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
