@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from starling_lib.journal import line_of, read_jsonl
 from starling_lib.statistics import crossed_interval
@@ -213,24 +214,33 @@ def test_variants_take_turns_and_all_is_kept_after_each(script, capsys):
     assert capsys.readouterr().out.splitlines() == told
 
 
-def test_results_of_another_machine_precision_or_size_are_not_replaced(
+def test_results_of_another_machine_or_size_are_not_replaced(
     script, monkeypatch, tmp_path
 ):
     turns, path = script("turns"), tmp_path / "studies" / "speed.json"
-    runs = {"a": [{"seconds": 1.0, "precision": "fp32"}], "b": []}
-    assert turns.earlier_results(path, False, "fp32", size=4) == {}
+    runs = {"a": [{"seconds": 1.0}], "b": []}
+    assert turns.earlier_results(path, False, size=4) == {}
     turns.write_results(path, "make it", {"size": 4}, rows=[], runs=runs)
-    before = turns.earlier_results(path, False, "fp32", size=4)
-    assert list(before) == ["date", "command", "machine", "size", "rows", "runs"]
+    before = turns.earlier_results(path, False, size=4)
+    assert list(before) == [
+        *("date", "command", "machine", "precision", "size", "rows", "runs")
+    ]
     assert before["runs"] == runs
     with pytest.raises(SystemExit, match="with size 4, this is 8: --fresh replaces"):
-        turns.earlier_results(path, False, "fp32", size=8)
+        turns.earlier_results(path, False, size=8)
     monkeypatch.setattr(turns, "machine", lambda: "a laptop")
-    with pytest.raises(
-        SystemExit, match="this is a laptop; precision fp32, this is bf16: --fresh"
-    ):
-        turns.earlier_results(path, False, "bf16", size=4)
-    assert turns.earlier_results(path, True, "bf16", size=4) == {}
+    with pytest.raises(SystemExit, match="this is a laptop: --fresh replaces"):
+        turns.earlier_results(path, False, size=4)
+    assert turns.earlier_results(path, True, size=4) == {}
+
+
+def test_a_machine_is_named_with_what_makes_bf16_fast(script, monkeypatch):
+    turns = script("turns")
+    able = {"avx512_bf16": True, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert turns.machine().endswith(" cores, avx512_bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert turns.machine().endswith(" cores")
 
 
 def test_a_table_is_markdown(script):
@@ -245,25 +255,24 @@ def test_a_table_is_markdown(script):
         ("bench_rollout", "responses", "seconds"),
     ],
 )
-def test_both_benchmarks_refuse_what_was_measured_in_another_precision(
+def test_both_benchmarks_keep_each_precision_apart(
     script, monkeypatch, tmp_path, name, size, figure
 ):
     bench, of_all = script(name), ("gflops", "matmul_gflops", "samples_per_second")
-    path = tmp_path / "speed_reward_toy.json" if size == "prompts" else tmp_path / "x"
-    monkeypatch.setattr(bench, "RESULTS", tmp_path if size == "prompts" else path)
+    monkeypatch.setattr(script("turns"), "RESULTS", tmp_path)
     options = argparse.Namespace(fresh=False, learn=0, data="toy", **{size: 16})
     variant = next(iter(bench.VARIANTS))
-    one = dict.fromkeys((figure, "peak_gib", *of_all), 2.0) | {"precision": "fp32"}
     rest = ({},) if size == "prompts" else ()
-    bench.write(options, {variant: [one]}, *rest)
-    data = path.read_bytes()
+    for seconds, precision in enumerate(("fp32", "bf16"), 2):
+        monkeypatch.setenv("STARLING_PRECISION", precision)
+        one = dict.fromkeys((figure, "peak_gib", *of_all), float(seconds))
+        bench.write(options, {variant: [one]}, *rest)
+        found = bench.measured(options)
+        assert (found[0] if rest else found) == {variant: [one]}
+    assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setenv("STARLING_PRECISION", "fp32")
     found = bench.measured(options)
-    assert (found[0] if rest else found) == {variant: [one]}
-    monkeypatch.setenv("STARLING_PRECISION", "bf16")
-    with pytest.raises(SystemExit, match="precision fp32, this is bf16"):
-        bench.measured(options)
-    assert path.read_bytes() == data
+    assert (found[0] if rest else found)[variant][0][figure] == 2
 
 
 def test_a_profile_of_trls_variant_is_of_trls_trainer(script, monkeypatch):

@@ -4,10 +4,11 @@
 
 Every measurement is a process of its own; the variants take turns, so that a slow minute
 of the machine hits all of them. Prints a table and writes
-`data/studies/speed_reward_DATA.json` after every measurement; stopped, the same call goes
-on. `--learn N` adds the held-out accuracy after N prompts, one a step in all of them
-(seed 42). TRL's pairs cannot say that a response was cut, so its model is asked as it
-was trained: as if all had ended. `--profile` prints where the seconds of a step go.
+`data/studies/speed_reward_DATA_PRECISION.json` after every measurement; stopped, the
+same call goes on. `--learn N` adds the held-out accuracy after N prompts, one a step in
+all of them (seed 42). TRL's pairs cannot say that a response was cut, so its model is
+asked as it was trained: as if all had ended. `--profile` prints where the seconds of a
+step go.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from turns import (
     earlier_results,
     markdown,
     peak_gib,
+    results_path,
     run_worker,
     take_turns,
     write_results,
 )
 
-RESULTS = Path(__file__).resolve().parents[2] / "data/studies"
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 # name → (what it is, trained layers or None, prompts a step)
 VARIANTS = {
@@ -218,7 +219,7 @@ def measure(variant: str, data: str, prompts: int) -> dict[str, float]:
     """Train `prompts` prompts after one warm-up step; what that took."""
     from transformers import TrainerCallback
 
-    from starling_lib.models import matmul_gflops, precision
+    from starling_lib.models import matmul_gflops
 
     peak = matmul_gflops()
     batch = VARIANTS[variant][2]
@@ -246,7 +247,6 @@ def measure(variant: str, data: str, prompts: int) -> dict[str, float]:
         "peak_gib": peak_gib(),
         "gflops": tokens * flops_a_token(trainer, variant) / seconds / 1e9,
         "matmul_gflops": max(peak, matmul_gflops()),
-        "precision": precision(),
         "date": date.today().isoformat(),
     }
 
@@ -409,16 +409,12 @@ def main() -> None:
 
 def results(options) -> Path:
     """Where the figures of a data set are kept."""
-    return RESULTS / f"speed_reward_{options.data}.json"
+    return results_path(f"speed_reward_{options.data}")
 
 
 def measured(options) -> tuple[Runs, dict[str, dict]]:
     """What an earlier call measured on this machine, so that this one goes on with it."""
-    from starling_lib.models import precision
-
-    before = earlier_results(
-        results(options), options.fresh, precision(), prompts=options.prompts
-    )
+    before = earlier_results(results(options), options.fresh, prompts=options.prompts)
     asked = options.learn or None
     kept = {
         v: r

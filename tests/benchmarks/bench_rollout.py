@@ -9,8 +9,8 @@ it sampling alone, ours and plain `generate`, of the same batch and of as many d
 prompts, and for its memory one update of a whole policy, nothing else held. Every
 measurement is a process of its own, warmed up by an iteration of 16 responses; the
 variants take turns, and another call goes on where this one stopped. Prints a table and
-writes `data/studies/speed_rollout.json`; memory is the peak over what the imports take.
-`--profile` prints instead where the seconds of our iteration go.
+writes `data/studies/speed_rollout_PRECISION.json`; memory is the peak over what the
+imports take. `--profile` prints instead where the seconds of our iteration go.
 """
 
 import argparse
@@ -26,12 +26,13 @@ from turns import (
     earlier_results,
     markdown,
     peak_gib,
+    results_path,
     run_worker,
     take_turns,
     write_results,
 )
 
-RESULTS = Path(__file__).resolve().parents[2] / "data/studies/speed_rollout.json"
+RESULTS = "speed_rollout"  # data/studies/speed_rollout_PRECISION.json
 NEW_TOKENS, BATCH, EPOCHS, MODEL = 64, 16, 2, "smollm2-135m"
 # name → what it is, trained layers (None: all)
 VARIANTS = {
@@ -354,7 +355,6 @@ def measure(variant: str, responses: int) -> dict[str, float]:
     import trl.trainer.rloo_trainer  # noqa: F401  so that all variants import the same
 
     import starling_lib.apa  # noqa: F401
-    from starling_lib.models import precision
 
     layers, imported = VARIANTS[variant][1], peak_gib()
     if variant == "copy":
@@ -368,7 +368,6 @@ def measure(variant: str, responses: int) -> dict[str, float]:
     return found | {
         "samples_per_second": responses / found["seconds"],
         "peak_gib": peak_gib() - imported,
-        "precision": precision(),
     }
 
 
@@ -469,18 +468,16 @@ def main() -> None:
 
 def measured(options) -> Runs:
     """What an earlier call measured on this machine with as many responses."""
-    from starling_lib.models import precision
-
-    before = earlier_results(
-        RESULTS, options.fresh, precision(), responses=options.responses
-    )
+    path = results_path(RESULTS)
+    before = earlier_results(path, options.fresh, responses=options.responses)
     return before.get("runs", {})
 
 
 def write(options, runs: Runs) -> None:
     """Keep what was measured so far."""
     sizes = {"responses": options.responses}
-    write_results(RESULTS, "make bench-rollout", sizes, rows=summary(runs), runs=runs)
+    path = results_path(RESULTS)
+    write_results(path, "make bench-rollout", sizes, rows=summary(runs), runs=runs)
 
 
 if __name__ == "__main__":

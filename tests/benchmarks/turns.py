@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-from starling_lib.journal import write_atomically
+import torch
 
+from starling_lib.journal import write_atomically
+from starling_lib.models import precision
+
+RESULTS = Path(__file__).resolve().parents[2] / "data/studies"
 Runs = dict[str, list[dict]]  # variant → its measurements
 
 
 def machine() -> str:
-    """The processor's name and how many cores this process may use."""
+    """The processor's name, how many cores this process may use, what makes bf16 fast."""
     cores = len(os.sched_getaffinity(0))
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -28,7 +32,9 @@ def machine() -> str:
         )
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {cores} cores"
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.10
+    fast = [unit for unit in ("amx_bf16", "avx512_bf16") if able.get(unit)]
+    return ", ".join([name, f"{cores} cores", *fast[:1]])
 
 
 def peak_gib() -> float:
@@ -73,22 +79,24 @@ def take_turns(
             keep()
 
 
-def earlier_results(path: Path, fresh: bool, precision: str, **sizes: int) -> dict:
+def results_path(name: str) -> Path:
+    """Where figures of this name are kept: those of each precision in a file of its own."""
+    return RESULTS / f"{name}_{precision()}.json"
+
+
+def earlier_results(path: Path, fresh: bool, **sizes: int) -> dict:
     """What an earlier call left in `path`, so that this one goes on; {} to begin anew.
 
-    Raises SystemExit that says what differs where that was another machine or precision,
-    or other sizes; with `fresh` it is replaced.
+    Raises SystemExit that says what differs where that was another machine or other
+    sizes; with `fresh` it is replaced.
     """
     if fresh or not path.exists():
         return {}
     before = json.loads(path.read_text())
-    formats = {m["precision"] for each in before["runs"].values() for m in each}
-    was = before | {"precision": ", ".join(sorted(formats)) or precision}
-    now = {"machine": machine(), "precision": precision, **sizes}
     differing = [
-        f"{name} {was.get(name)}, this is {value}"
-        for name, value in now.items()
-        if was.get(name) != value
+        f"{name} {before.get(name)}, this is {value}"
+        for name, value in {"machine": machine(), **sizes}.items()
+        if before.get(name) != value
     ]
     if differing:
         raise SystemExit(
@@ -102,7 +110,7 @@ def write_results(
 ) -> None:
     """Keep what was measured so far; a kill leaves the file before or this one."""
     result = {"date": date.today().isoformat(), "command": command}
-    result |= {"machine": machine(), **sizes, **found}
+    result |= {"machine": machine(), "precision": precision(), **sizes, **found}
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
