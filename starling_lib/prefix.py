@@ -256,14 +256,17 @@ def attend(
     """softmax(scale · QKᵀ + bias)V: (…, H, N, D) queries, H/g heads of keys → (…, H, N, D).
 
     For rows of this size torch's CPU kernel has a far slower backward than the lines
-    below; everywhere else its kernels win. The g queries of a key head are taken as
-    more rows of one product, so that no key is copied.
+    below; everywhere else its kernels win. But they round otherwise, in bf16 by a
+    fortieth of a nat a token, so that there a policy's log-probabilities would change
+    by being trained: under autocast the lines serve without gradients too. The g queries
+    of a key head are taken as more rows of one product, so that no key is copied.
     """
     scale = scale or query.shape[-1] ** -0.5
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     bias = bias.to(query.dtype)
-    if not _slow_backward(query):
+    rounds = torch.is_autocast_enabled(query.device.type)
+    if not (_slow_backward(query) or rounds and query.device.type == "cpu"):
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale

@@ -107,9 +107,10 @@ def sample(
     The whole distribution is sampled: `generate` alone would keep the 50 likeliest tokens,
     and log-probabilities from the full distribution would no longer be those of the
     sampler. temperature = 0 is greedy. Prompts are batched by length; rows come back in
-    the order given. The global random state is left as it was. The rollout's `states`
-    after so many layers (`keep_after`) are kept where sampling computes them as training
-    would: not by a half-precision copy, not in sliding windows.
+    the order given. The global random state is left as it was. On a CPU with fast bf16 a
+    copy in bf16 samples: the policy's distribution but for rounding. The rollout's
+    `states` after so many layers (`keep_after`) are kept where sampling computes them as
+    training would: not by a half-precision copy, not in sliding windows.
     """
     policy = without_wrapper(policy)
     prompts = [messages for messages in prompts for _ in range(samples)]
@@ -352,7 +353,10 @@ def sequence_logprobs(
     batch_size: int = 16,
     progress: bool = False,
 ) -> Tensor:
-    """(N, R) float32 log-probabilities of a rollout's tokens under any policy."""
+    """(N, R) log-probabilities of a rollout's tokens under any policy.
+
+    float32, of logits that are rounded to bf16 where autocast makes products in bf16.
+    """
     policy = without_wrapper(policy)
     out = torch.zeros(rollout.response_mask.shape)
     starts = range(0, len(rollout), batch_size)

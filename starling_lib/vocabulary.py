@@ -80,7 +80,9 @@ class ChosenLogprobs(torch.autograd.Function):
         learns = ctx.needs_input_grad[0]
         sums = word_sums(states, weight, ids, entropy, learns)
         if learns:
-            slope = weight[ids].to(sums.total.dtype) - sums.words / sums.total
+            # As the products saw them: of a certain word nothing may be left.
+            own = weight[ids].to(format_of_products(weight))
+            slope = own.to(sums.total.dtype) - sums.words / sums.total
             ctx.save_for_backward(slope.to(states.dtype))
         logprobs = (sums.chosen - sums.log_total).squeeze(1)
         if not entropy:
@@ -93,6 +95,13 @@ class ChosenLogprobs(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, _):
         (slope,) = ctx.saved_tensors
         return (gradient[:, None] * slope).to(slope.dtype), None, None, None
+
+
+def format_of_products(weight: Tensor) -> torch.dtype:
+    """The format in which a product takes this weight: autocast's where it is on."""
+    kind = weight.device.type
+    on = torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else weight.dtype
 
 
 def streams(head: nn.Module, config) -> bool:

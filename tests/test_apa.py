@@ -572,9 +572,26 @@ def test_states_of_another_format_than_trainings_are_not_kept(
     assert trainer._keeps_states()
     monkeypatch.setenv("STARLING_PRECISION", "bf16")  # of sampling; training's stays
     assert not trainer._keeps_states()
+    with pytest.warns(
+        UserWarning, match="in torch.float32, sampling .* torch.bfloat16"
+    ):
+        make_trainer(tmp_path, tokenizer, bf16=False)
     monkeypatch.setenv("STARLING_PRECISION", "fp32")
     trainer.sampler = lambda policy, tokenizer, prompts, **rest: None
     assert not trainer._keeps_states()
+
+
+@pytest.mark.parametrize("unfrozen", [1, None])
+def test_in_bf16_too_an_unchanged_policy_has_not_moved(
+    tokenizer, tmp_path, monkeypatch, unfrozen
+):
+    """Its log-probabilities are rounded alike before training, in it and as reference."""
+    monkeypatch.setenv("STARLING_PRECISION", "bf16")
+    changes = {"num_layers_unfrozen": unfrozen, "learning_rate": 0.0, "max_steps": 4}
+    trainer = make_trainer(tmp_path, tokenizer, **changes)
+    trainer.train()
+    first = next(log for log in trainer.state.log_history if "log_ratio" in log)
+    assert first["log_ratio"] == 0 and first["kl"] == 0
 
 
 @pytest.mark.parametrize("unfrozen", [1, None])

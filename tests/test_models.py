@@ -214,6 +214,16 @@ def test_reward_scores_leave_autocast(reward_model):
     assert torch.allclose(scores, expected, atol=1e-5)
 
 
+def test_scores_of_a_bf16_head_are_not_rounded_to_ties(reward_model):
+    model = copy.deepcopy(reward_model).to(torch.bfloat16)
+    model.score.weight.data.fill_(1.0)
+    hidden = torch.full((2, 64), 4 / 64)
+    hidden[1, 0] += 1 / 256  # lost in a bf16 sum near 4, whose steps are 1/32
+    scores = reward_head(model, hidden.to(torch.bfloat16))
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [4.0, 4.0 + 1 / 256]
+
+
 def test_a_value_head_starts_at_zero_and_can_learn():
     head = ValueHead(8)
     hidden = torch.randn(4, 8)

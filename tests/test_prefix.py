@@ -160,6 +160,17 @@ def test_bf16_scores_are_close_and_in_float32(reward_model, monkeypatch):
         assert not torch.equal(scores.nan_to_num(), expected.nan_to_num())
 
 
+def test_bf16_scores_are_the_same_with_and_without_gradients(reward_model, monkeypatch):
+    monkeypatch.setenv("STARLING_PRECISION", "bf16")
+    scorer = RankingScorer(reward_model)
+    with autocast("cpu"):
+        learning = scorer(**pack_all())
+        with torch.no_grad():
+            reading = scorer(**pack_all())
+    assert learning.requires_grad
+    assert torch.equal(learning.nan_to_num(), reading.nan_to_num())
+
+
 def test_gradient_checkpointing_changes_nothing(reward_model):
     scorer = RankingScorer(reward_model).train()
     torch.nan_to_num(scorer(**pack_all())).sum().backward()

@@ -345,6 +345,16 @@ def test_the_best_checkpoint_is_really_loaded(
     assert not same(last.state_dict(), weights(trainer))
 
 
+def test_weights_that_train_in_low_precision_are_told_of(
+    reward_model, tokenizer, toy_rankings, tmp_path, recwarn
+):
+    make_trainer(tmp_path, reward_model, tokenizer, toy_rankings)
+    assert not [w for w in recwarn if "weights that train" in str(w.message)]
+    low = reward_model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="that train are torch.bfloat16: .*float32"):
+        make_trainer(tmp_path, low, tokenizer, toy_rankings)
+
+
 def test_precision_follows_the_machine(
     reward_model, tokenizer, toy_rankings, tmp_path, monkeypatch
 ):

@@ -57,6 +57,19 @@ def test_the_gradient_is_that_of_finite_differences(piece):
     )
 
 
+def test_a_certain_word_pulls_nowhere_under_autocast(piece):
+    """Its own word and the mean word are then the same, rounded alike."""
+    _, weight, _ = problem()
+    weight = weight.float()
+    states = (1e3 * weight[:1]).requires_grad_()
+    ids = (states @ weight.t()).argmax(-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, _ = ChosenLogprobs.apply(states, weight, ids, False)
+    logprobs.sum().backward()
+    assert weight[ids].bfloat16().float().ne(weight[ids]).any(), "rounding is seen"
+    assert (states.grad == 0).all()
+
+
 def test_sums_over_the_vocabulary(piece):
     states, weight, ids = problem()
     with torch.no_grad():
