@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from filelock import FileLock
 
 from starling_lib.bench_answers import TEMPERATURES, answer_questions
 from starling_lib.bench_files import (
@@ -180,6 +181,7 @@ def judge_models(
     step this is.
     """
     _check_judges(judge, reward and reward_name, pairs)
+    _check_baseline(baseline, answers)
     singles: dict[str, pd.DataFrame] = {}
     verdicts, judging = None, {**judging, "progress": progress}
     if judge is not None:
@@ -313,11 +315,15 @@ def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
 def note_settings(
     folder: Path, kind: str, settings: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Add to what `read_settings` reads; `kind` is "models" or "judges"."""
-    kept = read_settings(folder)
-    kept[kind] |= settings
-    text = json.dumps(kept, indent=1, ensure_ascii=False)
-    write_atomically(folder / "settings.json", text.encode())
+    """Add to what `read_settings` reads; `kind` is "models" or "judges".
+
+    Several processes may add to one folder at the same time.
+    """
+    with FileLock(folder / "settings.json.lock"):
+        kept = read_settings(folder)
+        kept[kind] |= settings
+        text = json.dumps(kept, indent=1, ensure_ascii=False)
+        write_atomically(folder / "settings.json", text.encode())
 
 
 # --- names

@@ -340,7 +340,8 @@ def judgment_frame(
     """Rows of a judgment file as `read_judgments` returns them.
 
     A failure that was tried again gives way to the later row. Other rows about the same
-    thing are kept and numbered as passes: files of FastChat hold them too.
+    thing, a pair named the other way round included, are kept and numbered as passes:
+    files of FastChat hold them too.
     """
     categories = _categories(questions)
     plain = [name for name in FIELDS[kind] if name != "judge"]
@@ -352,13 +353,17 @@ def judgment_frame(
     frame["category"] = [categories(row["question_id"]) for row in rows]
     frame["error"] = [row.get("error") for row in rows]
     frame["pass"] = [row.get("pass", 0) for row in rows]
-    subject = ["judge", *MODELS[kind], "question_id", "turn"]
+    frame["error"] = frame["error"].mask(_unexplained(frame, kind), NO_REASON)
+    frame["models"] = [
+        tuple(sorted(row[name] for name in MODELS[kind])) for row in rows
+    ]
+    subject = ["judge", "models", "question_id", "turn"]
     repeated = frame.duplicated([*subject, "pass"], keep="last")
     frame = frame[~(repeated & frame["error"].notna())].reset_index(drop=True)
     unnumbered = frame["pass"] == 0
     counted = frame[unnumbered].groupby(subject, sort=False).cumcount() + 1
     frame.loc[unnumbered, "pass"] = counted
-    frame["error"] = frame["error"].mask(_unexplained(frame, kind), NO_REASON)
+    frame = frame.drop(columns="models")
     first = [
         "question_id",
         "category",

@@ -95,6 +95,8 @@ def report_data(found: Comparison, tables: Tables, short: list[str]) -> dict[str
     for name, value in vars(tables).items():
         if isinstance(value, pd.DataFrame):
             data[name] = table_records(value)
+        elif isinstance(value, list):
+            data[name] = value
         elif name == "position" or value is None:
             data[name] = value and {k: plain(v) for k, v in value.items()}
         else:
@@ -119,7 +121,7 @@ def in_short(found: Comparison, tables: Tables) -> list[str]:
         for (a, b, part), row in tables.differences[judge].iterrows():
             if part == "overall":
                 lines.append(f"{judge}: {a} − {b} = {_verdict(row, digits)}")
-    lines += _agreement_lines(tables)
+    lines += [*_agreement_lines(tables), *tables.left_out]
     for (judge, kind), row in tables.failures.iterrows():
         if row["failed"]:
             lines.append(

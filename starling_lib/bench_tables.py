@@ -7,7 +7,9 @@ not know where answers and judgments came from, nor how a report looks. Interval
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -26,6 +28,9 @@ from starling_lib.win_rates import (
 )
 
 MOST_REASONS = 3  # of failures that a table names
+
+# By judge, or by two judges: what makes a table, or raises ValueError
+Makers = dict[Any, Callable[[], pd.DataFrame]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Tables:
     `wins`: also "<judge>, in pairs". `ratings`: of three and more models compared in
     pairs, with one virtual tie a pair, which keeps them finite. `position`: how often
     the place decided, and the p-value of the sign test that the first is not favoured.
+    `left_out`: sentences on tables that the judgments do not suffice for.
     """
 
     scores: dict[str, pd.DataFrame]
@@ -73,6 +79,7 @@ class Tables:
     agreement: pd.DataFrame | None
     lengths: pd.DataFrame
     failures: pd.DataFrame
+    left_out: list[str]
 
 
 def is_reward(judgments: pd.DataFrame) -> bool:
@@ -91,18 +98,40 @@ def comparison_tables(found: Comparison) -> Tables:
     votes = {judge: _votes(found, judge) for judge in found.singles if several}
     repeated = {j: frame for j, frame in scored.items() if frame["pass"].max() > 1}
     swaps, position = _swaps(found)
+    wins, no_wins = _possible("wins by", _wins(found, votes))
+    ratings, no_ratings = _possible("ratings by", _ratings(found))
+    agreement, no_agreement = _possible("agreement of", _agreement(votes))
     return Tables(
         scores={j: _scores(found, judgments) for j, judgments in scored.items()},
         differences={j: _differences(found, frame) for j, frame in scored.items()},
         spread={judge: run_to_run(frame) for judge, frame in repeated.items()},
-        wins=_wins(found, votes),
-        ratings=_ratings(found),
+        wins=wins,
+        ratings=next(iter(ratings.values()), None),
         swaps=swaps,
         position=position,
-        agreement=_agreement(votes),
+        agreement=(
+            pd.concat(agreement, names=["judge_a", "judge_b"]) if agreement else None
+        ),
         lengths=_lengths(found),
         failures=_failures(found),
+        left_out=[*no_wins, *no_ratings, *no_agreement],
     )
+
+
+def _possible(what: str, makers: Makers) -> tuple[dict[Any, pd.DataFrame], list[str]]:
+    """The tables that can be made, and a sentence on each of the others.
+
+    A judge may have judged only some models or some pairs of them: what compares the
+    others has nothing to go by, which is no reason to withhold the rest.
+    """
+    made, left_out = {}, []
+    for judges, make in makers.items():
+        try:
+            made[judges] = make()
+        except ValueError as error:
+            names = judges if isinstance(judges, str) else " and ".join(judges)
+            left_out.append(f"Left out: {what} {names} ({error}).")
+    return made, left_out
 
 
 def _scores(found: Comparison, judgments: pd.DataFrame) -> pd.DataFrame:
@@ -134,23 +163,25 @@ def _votes(found: Comparison, judge: str) -> pd.DataFrame:
     return votes_from_scores(judgments, tie)
 
 
-def _wins(found: Comparison, votes: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def _wins(found: Comparison, votes: dict[str, pd.DataFrame]) -> Makers:
     """Wins by scores, which come in one order, and by pairs in both."""
     games = {judge: vote.assign(order=0) for judge, vote in votes.items()}
     if found.pairs is not None:
         judge = found.pairs["judge"].iloc[0]
         games[f"{judge}, in pairs"] = games_from_judgments(found.pairs)
-    return {name: pairwise_table(game, found.baseline) for name, game in games.items()}
+    return {
+        name: partial(pairwise_table, game, found.baseline)
+        for name, game in games.items()
+    }
 
 
-def _ratings(found: Comparison) -> pd.DataFrame | None:
+def _ratings(found: Comparison) -> Makers:
     """`bradley_terry` of what was judged in pairs; two models have their win rate."""
     if found.pairs is None or len(found.answers) < 3:
-        return None
+        return {}
     games = games_from_judgments(found.pairs)
-    if (games["winner"] == "error").all():
-        return None
-    return bradley_terry(games, virtual_ties=1)
+    judge = found.pairs["judge"].iloc[0]
+    return {judge: partial(bradley_terry, games, virtual_ties=1)}
 
 
 def _swaps(found: Comparison) -> tuple[pd.DataFrame | None, dict[str, float] | None]:
@@ -160,15 +191,13 @@ def _swaps(found: Comparison) -> tuple[pd.DataFrame | None, dict[str, float] | N
     return swap_consistency(games), position_bias_test(games)._asdict()
 
 
-def _agreement(votes: dict[str, pd.DataFrame]) -> pd.DataFrame | None:
-    """`agreement_table` of every two judges; None for a single one."""
-    tables = {
-        pair: agreement_table(*(votes[judge] for judge in pair)).set_index(
-            ["turn", "ties"]
-        )
-        for pair in combinations(votes, 2)
-    }
-    return pd.concat(tables, names=["judge_a", "judge_b"]) if tables else None
+def _agreement(votes: dict[str, pd.DataFrame]) -> Makers:
+    """`agreement_table` of every two judges."""
+
+    def table(a: str, b: str) -> pd.DataFrame:
+        return agreement_table(votes[a], votes[b]).set_index(["turn", "ties"])
+
+    return {pair: partial(table, *pair) for pair in combinations(votes, 2)}
 
 
 def _lengths(found: Comparison) -> pd.DataFrame:

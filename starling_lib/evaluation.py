@@ -203,7 +203,10 @@ def compare_policies(
 
     Returns:
         Index `metric` (reward, win_rate, kl, tokens, eos_rate, distinct_2), columns
-        `before, after, difference, low, high, p_value`; NaN where nothing was measured.
+        `before, after, difference, low, high, p_value`, all over the prompts on which
+        both have a figure (`distinct_2` takes a response of two words). Where no prompt
+        has both, `before` and `after` are each over its own; NaN where nothing was
+        measured.
 
     Raises:
         ValueError: when the frames do not hold the same samples of the same prompts.
@@ -220,11 +223,13 @@ def compare_policies(
 def _difference_row(old: pd.Series, new: pd.Series, seed: int) -> dict[str, float]:
     """Means and paired difference over the prompts on which both have a figure."""
     both = pd.concat([old, new], axis=1, keys=["before", "after"]).dropna()
-    row = {"before": old.mean(), "after": new.mean()}
     if both.empty:
-        return row | dict.fromkeys(("difference", "low", "high", "p_value"), np.nan)
+        nothing = dict.fromkeys(("difference", "low", "high", "p_value"), np.nan)
+        return {"before": old.mean(), "after": new.mean(), **nothing}
     paired = paired_difference(both["after"], both["before"], seed=seed)
-    return row | {
+    return {
+        "before": both["before"].mean(),
+        "after": both["after"].mean(),
         "difference": paired.difference,
         "low": paired.low,
         "high": paired.high,

@@ -21,7 +21,7 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from torch import Tensor
 
-from starling_lib.losses import kwise_loss
+from starling_lib.losses import MAX_TIED, kwise_loss
 from starling_lib.statistics import Interval, bootstrap_interval
 
 Matrix = Tensor | ArrayLike
@@ -37,7 +37,8 @@ def reward_metrics(
     ranks only (the original's figure); `top1`: the best response scores highest (one of
     n that share the highest score: 1/n); `kendall_tau`: mean over prompts of (right −
     wrong) / pairs; `ndcg`: mean over prompts, the gain of a response being the number
-    that rank below it; `nll`: K-wise loss; `ece`: `expected_calibration_error`.
+    that rank below it; `nll`: K-wise loss (NaN with ties among more than 12 columns,
+    whose orders are too many to count); `ece`: `expected_calibration_error`.
     With `lengths` (N, K) also `longer_wins`, the accuracy of preferring the longer
     response: the baseline to beat; and `shorter_better_accuracy`, that of the scores on
     pairs whose better response is the shorter. NaN where there is nothing to count.
@@ -490,7 +491,8 @@ def _ndcg(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 def _nll(scores: np.ndarray, ranks: np.ndarray) -> float:
     several = (~np.isnan(scores)).sum(1) > 1  # the others have nothing to rank
-    if not several.any():
+    tied = (np.diff(np.sort(ranks)) == 0).any()
+    if not several.any() or (tied and scores.shape[1] > MAX_TIED):
         return float("nan")
     scores, ranks = torch.tensor(scores[several]), torch.tensor(ranks[several])
     return float(kwise_loss(scores, ~scores.isnan(), ranks=ranks))

@@ -111,6 +111,12 @@ class _Task:
     def key(self) -> tuple:
         return self.question_id, self.models, self.turn, self.number
 
+    @property
+    def turned(self) -> "_Task":
+        """The same judgment with the models named the other way round."""
+        turned = {"models": self.models[::-1], "user_prompts": self.user_prompts[::-1]}
+        return dataclasses.replace(self, **turned)
+
     def request(self, game: int, unread: int) -> tuple[list[Message], int]:
         """What to ask next about a game of which `unread` replies were of no use."""
         draw = self.number - 1 + MAX_PASSES * (self.unread + unread)
@@ -229,7 +235,8 @@ def judge_pairs(
         output: `model_judgment/<judge>_pair.jsonl`. A judgment is written when both
             games are played; give the judge a log, or a kill asks single games again.
         baseline: every other model against this one (which is `model_2`); default
-            every pair of models, the two in the order of their names.
+            every pair of models, the two in the order of their names. A pair that
+            `output` names the other way round is not asked again and keeps its naming.
         others: as of `judge_answers`.
 
     Returns:
@@ -365,6 +372,11 @@ def _judge(
         raise ValueError(f"attempts: expected at least 1, got {attempts}")
     with open_journal(output) as journal:
         known = _take_up(journal.rows, tasks, judge, output)
+        # A pair keeps the naming that the output has for it.
+        tasks = [
+            task if task.key in known or task.turned.key not in known else task.turned
+            for task in tasks
+        ]
         pending = _still_to_ask(tasks, known, journal.rows, retry_failed)
         label = "judging" if progress else None
         for task, games in _play(pending, judge, attempts, label):
@@ -386,10 +398,11 @@ def _take_up(
 ) -> dict[tuple, Row]:
     """Judgments of earlier runs by key, after checking that they belong to this one.
 
-    The newest row of a key counts: a failure may be followed by a success. What other
-    runs added about other models or questions is passed over.
+    The newest row of a key counts: a failure may be followed by a success. Runs with
+    another baseline may have named a pair the other way round. What other runs added
+    about other models or questions is passed over.
     """
-    by_key = {task.key: task for task in tasks}
+    by_key = {one.key: one for task in tasks for one in (task, task.turned)}
     known: dict[tuple, Row] = {}
     for number, row in enumerate(rows, start=1):
         try:
@@ -434,7 +447,7 @@ def _still_to_ask(
     return [
         dataclasses.replace(task, unread=unread[task.key])
         for task in tasks
-        if task.key not in known or (retry_failed and "error" in known[task.key])
+        if task.key not in known or (retry_failed and _failed(known[task.key]))
     ]
 
 

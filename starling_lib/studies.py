@@ -47,7 +47,8 @@ def gain(
     """How much more of a measure than another method, interval over seeds and prompts.
 
     Prompts are the same in both, so their differences are taken one by one; seeds are
-    not, so each method's are drawn anew by themselves.
+    not, so each method's vary by themselves (`statistics.crossed_interval`). Raises
+    ValueError where a method has no finished run.
     """
     ours, theirs = by_prompt(runs, method, measure), by_prompt(runs, over, measure)
     if not len(ours) or not len(theirs):
@@ -59,7 +60,8 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """One row a method: learning rate, seeds, gains over the start, mean figures.
 
     The gains' columns are `estimate`, `low`, `high` under "proxy" and "gold"; the others
-    stand under an empty name. Runs that broke off count in `failed` and nowhere else.
+    stand under an empty name. Runs that broke off count in `failed` and nowhere else;
+    gains are NaN until both the method and the start have a finished run.
     """
     rows = {}
     for method in runs["method"].unique():
@@ -67,9 +69,10 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         rate = own["learning_rate"].iloc[0]
         row = {("", "rate"): f"{rate:.0e}", ("", "seeds"): len(own)}
         row["", "failed"] = own["by_prompt"].isna().sum()
-        for measure in ("proxy", "gold") if own["by_prompt"].notna().any() else ():
-            ends = gain(runs, method, measure)._asdict()
-            row |= {(measure, name): ends[name] for name in ("estimate", "low", "high")}
+        known = all(len(by_prompt(runs, m, "proxy")) for m in (method, "start"))
+        for measure in ("proxy", "gold"):
+            ends = gain(runs, method, measure) if known else Interval(*[np.nan] * 3)
+            row |= {(measure, name): x for name, x in ends._asdict().items()}
         for name in ("kl", "length", "eos_rate", "distinct_2"):
             row["", name] = own[name].mean()
         rows[method] = row

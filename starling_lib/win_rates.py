@@ -161,10 +161,12 @@ def pairwise_table(games: Table, baseline: str | None = None) -> pd.DataFrame:
         questions (NaN for one).
 
     Raises:
-        ValueError: on a bad game, games of several judges, or a baseline that played
-            no game.
+        ValueError: without games, on a bad game, games of several judges, or a baseline
+            that played no game.
     """
     games = pd.DataFrame(games)
+    if games.empty:
+        raise ValueError("no games: they take two models judged on the same question")
     if "judge" in games and games["judge"].nunique() > 1:
         names = ", ".join(sorted(games["judge"].unique()))
         raise ValueError(f"games of several judges ({names}): choose those of one")

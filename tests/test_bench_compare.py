@@ -1,16 +1,27 @@
 """Whole comparisons: figures by hand, replays to the byte, hostile texts, one judge."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import threading
 from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
 
-from starling_lib import agreement, evaluation, win_rates
+from starling_lib import agreement, bench_compare, evaluation, win_rates
+from starling_lib.bench_compare import (
+    answer_models,
+    judge_models,
+    note_settings,
+    read_comparison,
+    read_settings,
+)
 from starling_lib.bench_files import answer_row, read_answers, read_judgments
+from starling_lib.bench_reports import write_report
+from starling_lib.bench_tables import comparison_tables
 from starling_lib.evaluation import compare
 from starling_lib.judges import OpenAIJudge, Reply
 from starling_lib.mt_bench import compare_scores, score_table
@@ -64,6 +75,11 @@ def by_name(prompt):
     if "[[letter]]" not in prompt:
         return "[[8]]" if "newer on" in prompt else "[[5]]"
     return "[[A]]" if prompt.find("newer on") < prompt.find("old on") else "[[B]]"
+
+
+def by_place(prompt):
+    """Rates everybody 5; in pairs, prefers whoever stands first."""
+    return "[[A]]" if "[[letter]]" in prompt else "[[5]]"
 
 
 def by_length(prompts, responses, finished):
@@ -198,6 +214,77 @@ def test_a_baseline_is_what_the_others_are_compared_with(tmp_path):
         compared(tmp_path, judge=options["judge"], baseline="x")
 
 
+def test_one_baseline_after_another_leaves_each_pair_judged_once(tmp_path):
+    models = {**GIVEN, "third": answers_of("third")}
+    answer_models(models, QUESTIONS, tmp_path, progress=False)
+    judge, asked = Scripted(by_name), []
+    for baseline in ("new", "old", None):
+        options = {"pairs": True, "baseline": baseline, "progress": False}
+        judge_models(models, QUESTIONS, tmp_path, judge, **options)
+        asked.append(judge.asked)
+    assert asked == [15 + 20, 15 + 30, 15 + 30], "third with old, then nothing new"
+    for baseline, win in [("new", {"old": 0}), ("old", {"new": 5})]:
+        found = read_comparison(tmp_path, ["old", "new"], baseline, resamples=9)
+        table = comparison_tables(found).wins["scripted, in pairs"]
+        assert list(table["n"]) == [5] and table["win"].to_dict() == win
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_an_unknown_baseline_is_named_before_anybody_judges(tmp_path, pairs):
+    judge = Scripted(by_name)
+    options = {"pairs": pairs, "baseline": "odl", "progress": False}
+    with pytest.raises(ValueError, match="baseline 'odl' is none of old, new"):
+        judge_models(GIVEN, QUESTIONS, tmp_path, judge, **options)
+    assert judge.asked == 0
+
+
+def judged_in_parts(folder, models, *parts):
+    """A folder of answers, and judgments of some models by each of `parts`."""
+    given = {name: answers_of(name) for name in models}
+    answer_models(given, QUESTIONS, folder, progress=False)
+    for names, judging in parts:
+        some = {name: given[name] for name in names}
+        judge_models(some, QUESTIONS, folder, progress=False, **judging)
+
+
+NOT_ALL = pytest.mark.filterwarnings("ignore:.*has judged 0 of 5 turns")
+
+
+@NOT_ALL
+def test_a_judge_of_one_model_has_scores_and_is_in_no_comparison(tmp_path):
+    judge, reward = {"judge": Scripted(by_place)}, {"reward": by_length}
+    judged_in_parts(tmp_path, "ab", ("ab", judge), ("a", reward))
+    report = write_report(read_comparison(tmp_path, resamples=9), tmp_path).report
+    assert set(report["scores"]) == {"reward model", "scripted"}
+    assert set(report["wins"]) == {"scripted"} and report["agreement"] is None
+    wins, agreement = report["left_out"]
+    assert wins.startswith("Left out: wins by reward model (no games: ")
+    named = "Left out: agreement of reward model and scripted (the raters share no "
+    assert agreement.startswith(named)
+    assert set(report["left_out"]) < set(report["in_short"])
+    assert wins[:30] in (tmp_path / "report.md").read_text()
+
+
+@NOT_ALL
+def test_a_baseline_that_a_judge_left_out_has_no_wins_by_it(tmp_path):
+    judged_in_parts(tmp_path, "abc", ("bc", {"reward": by_length}))
+    tables = comparison_tables(read_comparison(tmp_path, baseline="a", resamples=9))
+    assert tables.wins == {} and tables.left_out == [
+        "Left out: wins by reward model (baseline 'a' played no game; models: b, c)."
+    ]
+
+
+def test_pairs_that_no_chain_links_have_wins_and_no_ratings(tmp_path):
+    judging = {"judge": Scripted(by_place), "pairs": True}
+    judged_in_parts(tmp_path, "abcd", ("ab", judging), ("cd", judging))
+    tables = comparison_tables(read_comparison(tmp_path, resamples=9))
+    assert set(tables.wins["scripted, in pairs"].index) == set("abcd")
+    assert tables.ratings is None and tables.left_out == [
+        "Left out: ratings by scripted (never compared, not even in a chain: "
+        "a, b | c, d)."
+    ]
+
+
 def test_a_single_model_has_scores_and_no_comparison(tmp_path):
     report = compared(tmp_path, {"old": GIVEN["old"]}, reward=by_length).report
     assert report["scores"]["reward model"] and not report["wins"]
@@ -313,6 +400,30 @@ def test_a_cut_answer_is_marked(tmp_path):
     assert report["lengths"][0]["cut"] == pytest.approx(2 / 5)
     page = Page((tmp_path / "report.html").read_text())
     assert page.text.count("characters · cut") == 2
+
+
+def test_settings_noted_at_the_same_time_are_all_kept(tmp_path, monkeypatch):
+    both_have_read = threading.Barrier(2)
+
+    def read(folder):
+        kept = read_settings(folder)
+        # Whoever reads waits a while for the other to have read the same.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_have_read.wait(0.2)
+        return kept
+
+    monkeypatch.setattr(bench_compare, "read_settings", read)
+    threads = [
+        threading.Thread(
+            target=note_settings, args=(tmp_path, "models", {name: {"seed": 0}})
+        )
+        for name in ("one", "two")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(read_settings(tmp_path)["models"]) == {"one", "two"}
 
 
 # --- whatever anybody says is text

@@ -141,6 +141,13 @@ def test_comparison_without_a_reference_has_no_kl():
     assert row.after == 0.25
 
 
+def test_a_comparison_is_over_the_prompts_on_which_both_have_a_figure():
+    before = frame([0] * 2, responses=["one", "a b c"])
+    after = frame([0] * 2, responses=["x y z", "y y y"])
+    row = compare_policies(before, after).loc["distinct_2"]
+    assert row[["before", "after", "difference"]].tolist() == [1, 0.5, -0.5]
+
+
 def test_distinct_2_is_taken_within_a_prompt():
     responses = ["I am sorry", "I am sorry", "one two three", "four five six"]
     metrics = prompt_metrics(frame([0] * 4, samples=2, responses=responses))

@@ -175,6 +175,16 @@ def test_rows_with_nothing_to_rank_do_not_dilute_the_likelihood():
     assert math.isnan(reward_metrics([[1.0]])["nll"])
 
 
+def test_ties_among_many_columns_leave_only_the_likelihood_unknown():
+    scores = [[*range(13, 0, -1)]]
+    tied = reward_metrics(scores, ranks=[[1, 1, *range(3, 14)]])
+    assert math.isnan(tied["nll"]) and tied["accuracy"] == 1
+    assert math.isfinite(reward_metrics(scores)["nll"])
+    # Of responses that are missing none is tied with another.
+    ranks = [[*range(1, 12), NAN, NAN]]
+    assert math.isfinite(reward_metrics(scores, ranks=ranks)["nll"])
+
+
 def test_columns_in_any_order_give_the_same_figures():
     scores, lengths = draw()
     shuffle = np.random.default_rng(2).permuted(np.tile(np.arange(5), (20, 1)), axis=1)

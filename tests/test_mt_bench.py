@@ -562,7 +562,9 @@ def test_score_table_follows_show_results_rules(rows):
             mean = sum(scores) / len(scores) if scores else float("nan")
             got = table[name][model] if name in table else float("nan")
             assert got == pytest.approx(mean, nan_ok=True)
-    assert table["failed"].sum() == sum(row["score"] == -1 for row in rows)
+    # A failure with a later row about the same was tried again.
+    last = {(r["question_id"], r["model"], r["turn"]): r["score"] for r in rows}
+    assert table["failed"].sum() == list(last.values()).count(-1)
     overall = table["overall"].dropna().tolist()
     assert overall == sorted(overall, reverse=True)
 
@@ -835,6 +837,28 @@ def test_failures_are_tried_again_only_if_wished(tmp_path):
     assert len(read) == 4 and set(read["pass"]) == {1} and (read["score"] > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["single", "pair"])
+def test_failures_in_a_file_of_fastchats_are_tried_again(tmp_path, kind):
+    path, ill = tmp_path / "j.jsonl", True
+
+    def say(prompt, draw):
+        return "no" if ill else rate(prompt) if kind == "single" else "[[A]]"
+
+    def ask(output=None, **options):
+        judging = judged if kind == "single" else paired
+        return judging(Scripted(say), QUESTIONS[:1], "ab", output, **options)
+
+    with pytest.warns(UserWarning, match="judgments failed"):
+        failed = ask()
+    write_judgments(failed.assign(error=bench_files.NO_REASON), path)
+    assert not any("error" in json.loads(line) for line in path.open())
+    ill = False
+    assert ask(path, retry_failed=True)["error"].isna().all()
+    read = read_judgments(path, kind=kind)
+    assert len(read) == len(failed) and set(read["pass"]) == {1}
+    assert read["error"].isna().all()
+
+
 def test_passes_are_draws_and_can_be_added(tmp_path):
     path = tmp_path / "j.jsonl"
     judge = Scripted(lambda prompt, draw: f"[[{draw + 1}]]")
@@ -1084,6 +1108,33 @@ def test_a_baseline_is_the_second_model():
         paired(Scripted(prefers_a), QUESTIONS[:1], baseline="d")
     with pytest.raises(ValueError, match="needs the answers of two models"):
         paired(Scripted(prefers_a), QUESTIONS[:1], "a")
+
+
+def test_a_pair_named_the_other_way_round_is_gone_on_with(tmp_path):
+    path, ill = tmp_path / "j_pair.jsonl", True
+    judge = Scripted(lambda prompt, draw: "no" if ill else prefers_a(prompt))
+    with pytest.warns(UserWarning, match="2 of 2 judgments failed.*of b and a"):
+        paired(judge, QUESTIONS[:1], "ab", path, baseline="a")
+    ill = False
+    frame = paired(judge, QUESTIONS[:1], "ab", path, retry_failed=True)
+    assert set(frame["model_1"]) == {"b"} and set(frame["g1_winner"]) == {"model_2"}
+    read = read_judgments(path, kind="pair")
+    assert len(read) == 2 and read["error"].isna().all()
+    asked = len(judge.asked)
+    assert len(paired(judge, QUESTIONS[:1], "ab", path)) == 2
+    assert len(judge.asked) == asked
+    judge.settings = {"temperature": 1.0}
+    with pytest.raises(ValueError, match="row 1: question 1, turn 1, of b and a was"):
+        paired(judge, QUESTIONS[:1], "ab", path)
+
+
+def test_a_pair_in_both_namings_counts_as_two_passes():
+    frame = pairs(
+        pair(1, "a", "b", "model_1", "model_1"), pair(1, "b", "a", "tie", "tie")
+    )
+    assert list(frame["pass"]) == [1, 2] and "models" not in frame
+    resolved = resolve_swaps(games_from_judgments(frame))
+    assert list(resolved["winner"]) == ["model_a", "tie"]
 
 
 def test_one_game_that_cannot_be_read_is_an_error_of_its_own(tmp_path):

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from starling_lib.statistics import (
     agreement,
     bootstrap_interval,
     kendall_tau,
     paired_difference,
+    student_interval,
     wilson_interval,
 )
 
@@ -77,6 +78,15 @@ def test_wilson_interval_by_level_and_without_trials():
         wilson_interval(5, 4)
 
 
+def test_students_interval_is_the_one_of_the_t_test():
+    values = np.random.default_rng(6).normal(2.0, 1.0, size=5)
+    ends = ttest_1samp(values, 0).confidence_interval(0.9)
+    assert student_interval(values, 0.9) == pytest.approx((values.mean(), *ends))
+    assert student_interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+    alone = student_interval([3.0])
+    assert alone.estimate == 3.0 and np.isnan(alone[1:]).all()
+
+
 def test_sign_flip_p_value_against_all_flips():
     a, b = [3.0, 1.0, 4.0, 1.5, 5.0, 9.0], [2.0, 2.5, 1.0, 1.0, 3.0, 2.0]
     difference = np.subtract(a, b)
@@ -123,6 +133,14 @@ def test_kendall_tau_is_on_ranks_by_item():
     assert kendall_tau([1, 2, 3, 4], [2, 1, 3, 4]) == pytest.approx(4 / 6)
 
 
+def test_kendall_tau_with_ties_is_tau_b():
+    """Five pairs agree, the sixth is tied with the first judge: 5/√(5·6).
+
+    τ-a would be 5/6, τ-c 2·5/(4²·2/3) = 15/16.
+    """
+    assert kendall_tau([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx((5 / 6) ** 0.5)
+
+
 @given(st.permutations(range(6)), st.permutations(range(6)))
 @settings(max_examples=50, deadline=None)
 def test_kendall_tau_counts_pairs(a, b):
@@ -139,6 +157,7 @@ def test_kendall_tau_counts_pairs(a, b):
         (lambda: bootstrap_interval([]), "non-empty"),
         (lambda: bootstrap_interval([1.0, 2.0], groups=["p"]), "2 values but 1 group"),
         (lambda: paired_difference([1.0, 2.0], [1.0]), "differ in length: 2 and 1"),
+        (lambda: student_interval([]), "non-empty"),
         (lambda: agreement([], []), "non-empty"),
         (lambda: agreement("AB", "A"), "equally long"),
     ],

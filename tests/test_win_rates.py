@@ -335,6 +335,8 @@ def test_bad_games_are_named(change, message):
 
 def test_missing_columns_and_baselines_are_named():
     pair = games((1, "tie", "tie"))
+    with pytest.raises(ValueError, match="no games"):
+        pairwise_table(pair[:0])
     with pytest.raises(ValueError, match="without the column 'winner'"):
         pairwise_table(pair.drop(columns="winner"))
     with pytest.raises(ValueError, match="column 'order'"):

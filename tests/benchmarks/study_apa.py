@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from bench_rollout import reward_function
+from filelock import FileLock
 from turns import machine
 
 from starling_lib.journal import open_journal
@@ -266,6 +267,24 @@ def read(rollout, actor, reference, rewards) -> dict:
 # --- one run
 
 
+def start_folder(policy, tokenizer) -> Path:
+    """The initial policy's folder, from which RLOO and DPO load their reference.
+
+    Several workers ask at once: one makes it, aside, so that none reads half of it.
+    """
+    from starling_lib.models import cache_dir
+
+    folder = cache_dir() / "studies" / f"{MODEL}-start"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}.partial")
+            policy.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            partial.rename(folder)
+    return folder
+
+
 class Lab:
     """What all runs of a process share: the initial policy, prompts, proxy and gold."""
 
@@ -275,18 +294,14 @@ class Lab:
         return Lab()
 
     def __init__(self):
-        from starling_lib.models import cache_dir, load_policy, load_tokenizer
+        from starling_lib.models import load_policy, load_tokenizer
         from starling_lib.rankings import load_rankings
         from starling_lib.recipes import gold_model, load_settings, reward_model
 
         settings = load_settings(PRESET)
         self.tokenizer = load_tokenizer(MODEL)
         self.reference = load_policy(MODEL).eval()
-        # RLOO and DPO load their reference from the folder the policy came from.
-        self.start = cache_dir() / "studies" / f"{MODEL}-start"
-        if not (self.start / "config.json").exists():
-            self.reference.save_pretrained(self.start)
-            self.tokenizer.save_pretrained(self.start)
+        self.start = start_folder(self.reference, self.tokenizer)
         self.proxy = judge(reward_model(settings))
         self.gold = judge(gold_model(settings))
         self.train = half_a().select_columns("prompt")
@@ -399,9 +414,10 @@ def stages(methods: list[str], seeds: int):
         runs = read_runs(RESULTS).set_index(list(RUN_KEYS))
         return (float(runs.loc[(method, 0), "learning_rate"]),)
 
-    # TRL's take longest: they come first, so that no process waits for one at the end.
+    # Gains are over the start. TRL's runs take longest: they come before the others, so
+    # that no process waits for one at the end.
     grid = [(m, *METHODS[m], 0) for m in reversed(ours)]
-    yield missing([*grid, ("start", {}, (0.0,), 0)])
+    yield missing([("start", {}, (0.0,), 0), *grid])
     for seed in range(1, seeds):
         yield missing((m, METHODS[m][0], chosen(m), seed) for m in reversed(ours))
     for seed in range(seeds):
@@ -469,7 +485,10 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     if not options.table:
         make_runs(options)
-    print(summary(read_runs(RESULTS)).round(3).to_string())
+    runs = read_runs(RESULTS)
+    if runs.empty:
+        raise SystemExit(f"no run in {RESULTS} yet: leave out --table to make them")
+    print(summary(runs).round(3).to_string())
 
 
 def make_runs(options) -> None:

@@ -56,7 +56,7 @@ def read_endings(rows, reading: str):
 def part(row: dict, ended: bool) -> dict:
     """The ranking of only the answers that ended, or only those that were cut."""
     chosen = [i for i, finished in enumerate(row["finished"]) if finished == ended]
-    names = ("responses", "finished", "models")
+    names = ("responses", "finished", "models", "ranks")
     return {**row, **{name: [row[name][i] for i in chosen] for name in names}}
 
 
@@ -122,16 +122,20 @@ def done() -> list[dict]:
 
 
 def compare_losses(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean of each metric by loss and fraction, and the paired difference over seeds."""
-    from starling_lib.statistics import paired_difference
+    """Mean of each metric by loss and fraction, and the difference seed by seed.
 
-    rows = []
+    Its interval is Student's over seeds. A seed counts once both losses have its figures.
+    """
+    from starling_lib.statistics import student_interval
+
+    metrics, rows = ("accuracy", "top1", "kendall_tau", "nll", "ece"), []
+    both = pd.MultiIndex.from_product([metrics, ("kwise", "pairwise")])
     for fraction, group in runs[runs["reading"] == "eos"].groupby("fraction"):
-        wide = group.pivot(index="seed", columns="loss").dropna()
-        for metric in ("accuracy", "top1", "kendall_tau", "nll", "ece"):
+        wide = group.pivot(index="seed", columns="loss").reindex(columns=both).dropna()
+        for metric in metrics if len(wide) else ():
             ours, theirs = wide[metric]["kwise"], wide[metric]["pairwise"]
-            gap = paired_difference(ours, theirs)
-            figures = (metric, len(wide), ours.mean(), theirs.mean(), *gap[:3])
+            gap = student_interval(ours - theirs)
+            figures = (metric, len(wide), ours.mean(), theirs.mean(), *gap)
             rows.append((fraction, *figures))
     names = ["fraction", "metric", "seeds", "MLE_K", "MLE_2"]
     return pd.DataFrame(rows, columns=[*names, "difference", "low", "high"])
@@ -175,6 +179,11 @@ def main() -> None:
                 journal.append(line)
             print(f"{number}/{len(todo)}", json.dumps(line), flush=True)
     kept = [run for run in done() if tuple(run[key] for key in KEYS[4:]) == setting]
+    if not kept:
+        told = ", ".join(map("{} {}".format, KEYS[4:], setting))
+        raise SystemExit(
+            f"no run with {told} in {RESULTS} yet: leave out --table to make them"
+        )
     compare = {"losses": compare_losses, "endings": compare_endings}[options.study]
     print(compare(pd.DataFrame(kept)).round(4).to_string(index=False))
 
