@@ -27,12 +27,14 @@ from starling_lib.bench_files import (
 )
 from starling_lib.chat import Message
 from starling_lib.journal import Row, open_journal
-from starling_lib.judges import JudgeError, request_hash
+from starling_lib.judges import request_hash
 from starling_lib.responders import (
+    Failure,
     Responder,
     ask_server,
     ready_to_sample,
     sample_in_chunks,
+    without_response,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def answer_questions(
     output, by_id = Path(output), questions_by_id(questions)
     asker = _TurnAsker(responder, temperatures, batch_size, seed, policy, tokenizer)
     total = sum(len(question["turns"]) for question in by_id.values())
-    failures: list[str] = []
+    failures: list[Failure] = []
     with open_journal(f"{output}.turns") as journal:
         if output.exists() and not journal.rows:
             raise ValueError(
@@ -103,10 +105,7 @@ def answer_questions(
                 known |= {(row["question_id"], row["turn"]): row for row in rows}
                 bar.update(len(rows))
         if failures:
-            raise JudgeError(
-                f"{len(failures)} turns have no answer, the others are kept: run again "
-                f"to ask for them. The first: {failures[0]}"
-            )
+            raise without_response(failures, "turns have no answer")
         answers = {
             question_id: asker.answer(question, known)
             for question_id, question in by_id.items()
@@ -155,7 +154,7 @@ class _TurnAsker:
         return request_hash(self.responder.model, asked, settings)
 
     def missing_turns(
-        self, by_id: Mapping[QuestionId, Row], known: Mapping, failures: list[str]
+        self, by_id: Mapping[QuestionId, Row], known: Mapping, failures: list[Failure]
     ) -> Iterator[list[Row]]:
         """Turns that `known` lacks, in pieces to be written down at once.
 
@@ -183,7 +182,7 @@ class _TurnAsker:
         }
 
     def _turns(
-        self, temperature, turn, rows, known: Mapping, failures: list[str]
+        self, temperature, turn, rows, known: Mapping, failures: list[Failure]
     ) -> Iterator[list[Row]]:
         """Answers to rows of one turn and temperature, as rows of the journal."""
         by_name = {row["id"]: row for row in rows}

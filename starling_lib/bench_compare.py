@@ -7,7 +7,6 @@ know which figures a report holds (`bench_tables`) or how it looks (`bench_repor
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -394,6 +393,8 @@ def _answers(
     else:
         responder = dataclasses.replace(model, name=name)
         return answer_questions(responder, questions, path, **options)
+    from starling_lib.models import fingerprint
+
     known_as = f"{name}@{fingerprint(policy)}"  # other weights are another model
     responder = dataclasses.replace(responder, name=name, model=known_as)
     loaded = {"policy": policy, "tokenizer": tokenizer}
@@ -420,15 +421,6 @@ def _given(
     chosen = {one: answers[one] for one in wanted}
     write_answers(there | chosen, path)
     return chosen
-
-
-def fingerprint(policy: "PreTrainedModel") -> str:
-    """A digest that changes when training goes on: the first numbers of every tensor."""
-    digest = hashlib.sha256()
-    for name, values in policy.state_dict().items():
-        some = values.detach().flatten()[:64].float().cpu().numpy()
-        digest.update(name.encode() + some.tobytes())
-    return digest.hexdigest()[:12]
 
 
 def judge_settings(judge: Judge, passes: int, pairs: bool) -> dict[str, Any]:

@@ -248,9 +248,8 @@ def _judge(recipe: BenchJudgeRecipe) -> None:
 
 def _reward_judge(name: str) -> dict[str, Any]:
     """A reward model as arguments of `judge_models`; other weights have another name."""
-    from starling_lib.bench_compare import fingerprint
     from starling_lib.judges import RewardJudge
-    from starling_lib.models import default_device
+    from starling_lib.models import default_device, fingerprint
     from starling_lib.training_runs import trained_reward_model
 
     model, tokenizer = trained_reward_model(name)

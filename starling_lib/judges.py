@@ -52,14 +52,22 @@ class JudgeError(RuntimeError):
     """No usable reply; the message names the request, what happened and what to do.
 
     `fatal` says that no other request can succeed either (a refused key, an unknown
-    model): `ask_all` stops at once. `unreachable`: no server answered; several of these
-    in a row stop it too.
+    model, no credit): `ask_all` stops at once. `unreachable`: there was no server that
+    would answer; several of these in a row stop it too. `refused`: the server will not
+    answer this request, however often it is asked.
     """
 
-    def __init__(self, message: str, fatal: bool = False, unreachable: bool = False):
+    def __init__(
+        self,
+        message: str,
+        fatal: bool = False,
+        unreachable: bool = False,
+        refused: bool = False,
+    ):
         super().__init__(message)
         self.fatal = fatal
         self.unreachable = unreachable
+        self.refused = refused
 
 
 class Judge(Protocol):
@@ -217,6 +225,14 @@ class ReplyLog:
 
     def __repr__(self) -> str:
         return f"ReplyLog({str(self.path)!r}, {len(self):,} replies)"
+
+    def usage(self) -> Usage:
+        """What all its replies took together, whichever run asked for them."""
+        total = Usage()
+        with self._lock:
+            for reply in self._replies.values():
+                total.count(reply)
+        return total
 
     def get(self, digest: str) -> Reply | None:
         """The reply to the request with this hash, `cached=True`; None if unknown."""
@@ -389,7 +405,8 @@ class LoggedJudge:
         except JudgeError as error:
             self.usage.count(error)
             message = f"request {digest[:8]} to {self.model}: {error}"
-            raise JudgeError(message, error.fatal, error.unreachable) from None
+            kinds = error.fatal, error.unreachable, error.refused
+            raise JudgeError(message, *kinds) from None
         self.usage.count(reply)
         if self.log is None:
             return reply
@@ -456,13 +473,21 @@ _ADVICE = {
     400: "if it names a setting, change it: temperature=None and max_tokens=None are "
     "not sent at all, `extra` adds fields",
     401: "check the key in the environment variable {key_name}",
-    403: "check the key in the environment variable {key_name} and what it may use",
+    402: "the account has no credit left: add some and run again; what was answered is "
+    "in the log, if there is one",
+    403: "check the key in the environment variable {key_name} and what it may use; some "
+    "servers refuse a prompt so",
     404: "check the model's name and base_url (it usually ends in /v1)",
     413: "the request is too long for this server",
     429: "lower `concurrency`, or wait: what was answered is in the log, if there is one",
 }
 _ADVICE[422] = _ADVICE[400]
-_FATAL = {401, 403, 404}
+_FATAL = {401, 402, 404}
+_REFUSED = {400, 403, 413, 422}
+_CLOSED = {403, 408, 429}  # and 5xx
+# A 403 is about the key or, from some servers, about one prompt: which, the first reply
+# shows. Before it, so many failures are taken for prompts.
+_DOUBTFUL = 2
 
 
 class OpenAIJudge(LoggedJudge):
@@ -601,22 +626,31 @@ class OpenAIJudge(LoggedJudge):
         if isinstance(error, APITimeoutError):
             return JudgeError(
                 f"no reply within {self.timeout:g} s, {self.max_retries + 1} times: "
-                "raise `timeout`, or lower `concurrency` or max_tokens"
+                "raise `timeout`, or lower `concurrency` or max_tokens",
+                unreachable=True,
             )
         if not isinstance(error, APIStatusError):
             where = _shown(self.base_url)
             message = f"the connection to {where} failed: is the server up?"
             return JudgeError(message, unreachable=True)
         status = error.status_code
-        advice = _ADVICE.get(status, "try again later: the server could not answer")
+        spent = error.code == "insufficient_quota"  # as some servers say 402
+        busy = "try again later: the server could not answer"
+        advice = _ADVICE.get(402 if spent else status, busy)
         said = error.response.text.strip() or "no explanation"
         if error.param:
             said = f"parameter {error.param!r}: {said}"
         said = _without_key(said, self._secret())[:500]  # in this order
         return JudgeError(
             f"HTTP {status}: {said} [{advice.format(key_name=self.api_key_env)}]",
-            fatal=status in _FATAL,
+            fatal=spent or status in _FATAL or (status == 403 and self._is_closed()),
+            unreachable=status in _CLOSED or status >= 500,
+            refused=status in _REFUSED,
         )
+
+    def _is_closed(self) -> bool:
+        """Whether nothing was answered, and that not by chance."""
+        return not self.usage.asked and self.usage.failed >= _DOUBTFUL
 
 
 def _without_key(text: str, key: str) -> str:
@@ -737,7 +771,8 @@ class RewardJudge:
     """A reward model of this process. It ranks by score and cannot be asked in words.
 
     `model` is a sequence-classification model with one label (then give its
-    `tokenizer`) or a name for `load_reward_model`; `name` is what logs call it.
+    `tokenizer`) or a name for `load_reward_model`. `name` is what logs call it: give a
+    new one whenever the weights change. The default holds a digest of them.
     """
 
     def __init__(
@@ -746,12 +781,12 @@ class RewardJudge:
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         name: str | None = None,
     ):
-        from starling_lib.models import load_reward_model
+        from starling_lib.models import fingerprint, load_reward_model
 
         self._scorer, self._tokenizer, known_as = _loaded(
             model, tokenizer, load_reward_model
         )
-        self.model = name or known_as
+        self.model = name or f"{known_as}@{fingerprint(self._scorer)}"
 
     def __repr__(self) -> str:
         return f"RewardJudge(model={self.model!r})"
@@ -810,11 +845,11 @@ def ask_all(
     Yields (index into `requests`, reply), or the JudgeError of a request that failed,
     so that one failure loses no other reply. `progress` names a bar with tokens and
     cost so far. Closing the iterator, or an interrupt, cancels what has not started.
-    Raises a fatal JudgeError (refused key, unknown model), which would meet all alike,
-    and one after several failed connections in a row.
+    Raises a fatal JudgeError (refused key, unknown model, no credit), which would meet
+    all alike, and one after several requests in a row that no server would answer.
     """
     usage, todo = Usage(), iter(enumerate(requests))
-    lost = 0  # connections that failed one after another
+    lost = 0  # requests that no server would answer, one after another
     pool = ThreadPoolExecutor(judge.concurrency, thread_name_prefix="judge")
     bar = tqdm(total=len(requests), desc=progress, disable=progress is None)
     pending: dict[Future, int] = {}
@@ -833,7 +868,7 @@ def ask_all(
                 lost = lost + 1 if getattr(outcome, "unreachable", False) else 0
                 if lost > max(2, judge.concurrency):
                     raise JudgeError(
-                        f"{lost} requests in a row found no server; the last {outcome}. "
+                        f"{lost} requests in a row brought no reply; the last {outcome}. "
                         "What was answered is kept: run again to go on",
                         fatal=True,
                     )

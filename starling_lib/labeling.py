@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import warnings
@@ -97,8 +98,8 @@ Key = tuple[str, int]  # id of the row, pass (from 1)
 # Draws of pass n are n - 1, n - 1 + 1000, …: as many passes can be added to a finished
 # run without asking anything again.
 MAX_PASSES = 1000
-# A log says by which hash a ranking was asked for, not at which attempt.
-_ATTEMPTS_SEARCHED = 100
+# A log says by which hash a ranking was asked for, not after how many others.
+_DRAWS_SEARCHED = 100
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class _Task:
     number: int
     display: list[int]
     seed: int
-    tried: int = 0  # attempts of earlier runs, none of which gave a ranking
+    unread: int = 0  # replies of earlier runs, none of which could be read
 
     @property
     def key(self) -> Key:
@@ -122,8 +123,9 @@ class _Task:
         texts = [answer["answer"] for answer in answers]
         return ranking_messages(prompt, texts, self.display, pairs)
 
-    def draw(self, attempt: int) -> int:
-        return self.number - 1 + MAX_PASSES * (self.tried + attempt)
+    def draw(self, unread: int) -> int:
+        """What to ask next after `unread` replies of this run that were of no use."""
+        return self.number - 1 + MAX_PASSES * (self.unread + unread)
 
     def digest(self, judge: Judge, draw: int) -> str:
         return request_hash(judge.model, self.messages(), judge.settings, draw)
@@ -150,24 +152,24 @@ class _Task:
         row |= {"models": self.models()} | fields
         return row | {"judge": judge.model, "request_hash": self.request(judge)}
 
-    def failed(self, judge, error: str, reply: str | None, attempts: int) -> Row:
+    def failed(self, judge, error: str, reply: str | None, unread: int) -> Row:
         row = {"id": self.row["id"], "pass": self.number, "display": self.display}
-        row |= {"error": error, "reply": reply, "attempts": attempts}
+        row |= {"error": error, "reply": reply, "unread": unread}
         return row | {"judge": judge.model, "request_hash": self.request(judge)}
 
 
 class _Requests(Sequence):
     """What `ask_all` is to ask; made when it is asked, as Nectar's would fill memory."""
 
-    def __init__(self, tasks: Sequence[_Task], attempt: int):
-        self.tasks, self.attempt = tasks, attempt
+    def __init__(self, waiting: Sequence[tuple[_Task, int]]):
+        self.waiting = waiting  # tasks, each with its replies that were of no use
 
     def __len__(self) -> int:
-        return len(self.tasks)
+        return len(self.waiting)
 
     def __getitem__(self, index: int) -> tuple[list[Message], int]:
-        task = self.tasks[index]
-        return task.messages(), task.draw(self.attempt)
+        task, unread = self.waiting[index]
+        return task.messages(), task.draw(unread)
 
 
 def rank_responses(
@@ -192,8 +194,9 @@ def rank_responses(
             arguments goes on where the last one stopped.
         seed: of the orders of display and of pairs (see `presentation`).
         displays: orders of display by (id, pass) where recorded ones are to be used.
-        attempts: draws to ask for until a reply can be read. A judge at temperature 0
-            may well say the same each time.
+        attempts: how often to ask until a reply can be read. A reply that cannot is
+            followed by a new draw (a judge at temperature 0 may well say the same);
+            where none came, the same is asked for again, unless it was refused.
         retry_failed: try the failures that `output` holds again, with new draws.
 
     Returns:
@@ -201,8 +204,8 @@ def rank_responses(
         (indices into the row's answers; best first), `models` (of the answers, as
         stored), `good_natured` (None from a reward model), `judge`, `reply_hash` (the
         key into the judge's log), `request_hash` (of the texts and settings). Where no
-        reply could be read instead `error`, the last `reply`, `attempts`: counted in a
-        warning, left out by `to_rankings`.
+        reply could be read instead `error`, the last `reply`, `unread` (how many
+        came): counted in a warning, left out by `to_rankings`.
 
     Raises:
         ValueError: a row that cannot be asked about; an `output` that another judge,
@@ -317,7 +320,7 @@ def _other_field(row: Row, task: _Task, judge) -> str | None:
         return None if row["request_hash"] == task.request(judge) else "request_hash"
     if hasattr(judge, "rank") or "ranking" not in row:
         return None
-    draws = map(task.draw, range(_ATTEMPTS_SEARCHED))
+    draws = map(task.draw, range(_DRAWS_SEARCHED))
     asked = (task.digest(judge, draw) for draw in draws)
     return None if row.get("reply_hash") in asked else "reply_hash"
 
@@ -328,12 +331,12 @@ def _still_to_ask(
     rows: Sequence[Row],
     retry_failed: bool,
 ) -> list[_Task]:
-    tried: Counter[Key] = Counter()  # draws whose replies are known to be useless
-    for row in rows:
-        tried[row["id"], row["pass"]] += row.get("attempts", 0)
+    unread: Counter[Key] = Counter()  # draws whose replies are known to be useless
+    for row in rows:  # older versions counted attempts, and each took a draw
+        unread[row["id"], row["pass"]] += row.get("unread", row.get("attempts", 0))
     done = {key for key, row in known.items() if "ranking" in row or not retry_failed}
     return [
-        dataclasses.replace(task, tried=tried[task.key])
+        dataclasses.replace(task, unread=unread[task.key])
         for task in tasks
         if task.key not in done
     ]
@@ -343,28 +346,32 @@ def _ask_until_read(
     tasks: Sequence[_Task], judge: Judge, attempts: int, progress: bool
 ) -> Iterator[Row]:
     """Rankings as they come; after the last attempt, failures."""
+    waiting = [(task, 0) for task in tasks]
     for attempt in range(attempts):
         again = []
         label = f"judging, attempt {attempt + 1}" if attempt else "judging"
-        replies = ask_all(judge, _Requests(tasks, attempt), label if progress else None)
+        replies = ask_all(judge, _Requests(waiting), label if progress else None)
         with contextlib.closing(replies):
             for index, reply in replies:
-                task, text = tasks[index], getattr(reply, "text", None)
+                task, unread = waiting[index]
+                text = getattr(reply, "text", None)
                 try:
                     ranking = _read_ranking(reply, len(task.display))
                 except (JudgeError, RankingParseError) as error:
-                    if attempt + 1 < attempts:
-                        again.append(task)
+                    unread += text is not None  # only what came has used up its draw
+                    for_good = getattr(error, "refused", False)
+                    if attempt + 1 < attempts and not for_good:
+                        again.append((task, unread))
                     else:
-                        yield task.failed(judge, str(error), text, attempts)
+                        yield task.failed(judge, str(error), text, unread)
                 else:
                     good = parse_good_natured(text)
-                    digest = task.digest(judge, task.draw(attempt))
+                    digest = task.digest(judge, task.draw(unread))
                     yield task.judged(
                         judge, ranking, good_natured=good, reply_hash=digest
                     )
-        tasks = again
-        if not tasks:
+        waiting = again
+        if not waiting:
             return
 
 
@@ -390,7 +397,7 @@ def _rank_directly(
         try:
             order = judge.rank(prompt, shown, finished)
         except JudgeError as error:
-            yield task.failed(judge, str(error), None, 1)
+            yield task.failed(judge, str(error), None, 0)
         else:
             yield task.judged(judge, order, good_natured=None, reply_hash=None)
 
@@ -542,7 +549,9 @@ def ranking_agreement(
 
     A dict: `rows` compared; `kendall_tau`, the mean over rows, with `low` and `high` of
     its bootstrap interval (95 %, over rows); `same_best`, the share of rows with the
-    same answer at the top. Raises ValueError where a row's answers differ.
+    same answer at the top; `undefined`, the number of rows without a τ, all ranks of one
+    side being equal. None stands for a mean of no rows and the ends of an interval of
+    one. Raises ValueError where a row's answers differ.
     """
     theirs = {row["id"]: row for row in others}
     taus, same = [], []
@@ -553,13 +562,19 @@ def ranking_agreement(
             same.append(np.argmin(a) == np.argmin(b))
     if not taus:
         return {"rows": 0}
-    tau, low, high = bootstrap_interval(taus)
+    defined = [tau for tau in taus if not math.isnan(tau)]
+    tau = low = high = None
+    if len(defined) > 1:
+        tau, low, high = bootstrap_interval(defined)
+    elif defined:
+        (tau,) = defined
     return {
         "rows": len(taus),
         "kendall_tau": tau,
         "low": low,
         "high": high,
         "same_best": float(np.mean(same)),
+        "undefined": len(taus) - len(defined),
     }
 
 
@@ -589,7 +604,8 @@ def label(recipe: LabelRecipe, progress: bool = True) -> dict[str, Any]:
 
     Writes into `output_dir`: `responses.jsonl` where responders answer, `replies.jsonl`
     (all the judge said), `judgments.jsonl`, one `<split>.jsonl` for `load_rankings`,
-    `report.json`. Stopped at any moment, the same recipe goes on. Returns the report.
+    `report.json`, whose `usage` is that of all replies in the log. Stopped at any
+    moment, the same recipe goes on. Returns the report.
     Raises RecipeError, what `rank_responses` raises, ValueError when no row is labelled.
     """
     _merge_function(recipe.method)  # a misspelt one must not wait for the judge
@@ -629,9 +645,10 @@ def label(recipe: LabelRecipe, progress: bool = True) -> dict[str, Any]:
         ids = {row["id"] for row in part}
         chosen = [row for row in ranked if row["id"] in ids]
         write_rankings(chosen, folder / f"{name}.jsonl")
-    report = {"judge": judge.model, "usage": str(judge.usage), "rows": len(ranked)}
+    usage = str(judge.log.usage())  # `judge.usage` holds only what this run asked
+    report = {"judge": judge.model, "usage": usage, "rows": len(ranked)}
     report |= _agreement_report(rows, judgments, ranked)
-    text = json.dumps(report, indent=1, ensure_ascii=False)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "report.json", text.encode())
     return report
 
@@ -651,7 +668,7 @@ def _read_splits(recipe: LabelRecipe) -> dict[str, list[Row]]:
 
 def make_judge(
     judge: JudgeRecipe | None, replies: str | None, folder: Path
-) -> Judge | None:
+) -> OpenAIJudge | RecordedJudge | None:
     """A judge behind a server, which logs into `folder`, or a replay; None for neither.
 
     Raises RecipeError for prices that are not two.

@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -251,6 +252,35 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal; read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A digest that changes when training goes on: the first numbers of every tensor."""
+    return _first_numbers(model.state_dict().items())
+
+
+def folder_fingerprint(folder: str | os.PathLike) -> str:
+    """The same of the safetensors in a folder, of which little more than that is read.
+
+    Names and kinds of numbers may differ from those of the loaded model, and so the two
+    digests.
+    """
+    return _first_numbers(_stored_tensors(Path(folder)))
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                yield name, file.get_tensor(name)
+
+
+def _first_numbers(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, values in tensors:
+        some = values.detach().flatten()[:64].float().cpu().numpy()
+        digest.update(name.encode() + some.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _write_manifest(folder: Path) -> None:

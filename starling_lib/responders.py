@@ -7,8 +7,11 @@ verdicts.
 import contextlib
 import hashlib
 import os
+import warnings
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -53,6 +56,15 @@ class Responder:
         return [{"role": "system", "content": "\n\n".join(own)}, *rest]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A request to a server that brought no response."""
+
+    row: str  # its id
+    responder: str
+    error: JudgeError
+
+
 def sample_responses(
     prompts: Iterable[Mapping[str, Any]],
     responders: Sequence[Responder],
@@ -69,25 +81,32 @@ def sample_responses(
         output: JSONL file that gets `{"id", "responder", "answer", "finished",
             "request_hash"}` for each response; a killed run goes on from it. Local
             models sample `batch_size` prompts of like length at once and write them
-            down together.
+            down together. A request that a server refused for good, while it answered
+            others, has `error` for `answer` and `finished`, and is not made again.
 
     Returns:
         `id`, `prompt` (transcript), `answers` (`answer`, `model`: the responder's name,
-        `finished`) in the order of `responders`, `turns`, `num_responses`.
+        `finished`) in the order of `responders`, `turns`, `num_responses`. Refused
+        answers are missing, and so are rows that have fewer than two left: counted in
+        a warning.
 
     The same prompts, responders and seeds give the same responses of local models, also
     after a kill. Raises ValueError on rows or names that are not distinct, and on an
-    `output` that holds a response to another text or of another model or setting;
-    JudgeError at the end when a server left some prompts without a response.
+    `output` that holds a response to another text or of another model (other weights in
+    the same folder, too) or setting; JudgeError at the end when a server left some
+    prompts without a response.
     """
     names = [responder.name for responder in responders]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"responders need distinct names, got {names}")
     rows = _prompt_rows(prompts)
+    known_as = {responder.name: _known_as(responder) for responder in responders}
     digests = {
-        (row["id"], responder.name): _request_hash(responder, row["messages"], seed)
+        (row["id"], one.name): _request_hash(
+            one, known_as[one.name], row["messages"], seed
+        )
         for row in rows
-        for responder in responders
+        for one in responders
     }
     with open_journal(output) as journal:
         known = {(row["id"], row["responder"]): row for row in journal.rows}
@@ -108,17 +127,28 @@ def sample_responses(
                 journal.append(*new)
                 known |= {(row["id"], row["responder"]): row for row in new}
                 bar.update(len(new))
-    return [_unranked(row, {n: known[row["id"], n] for n in names}) for row in rows]
+    return _with_responses(rows, names, known)
 
 
-def _request_hash(responder: Responder, prompt: Sequence[Message], seed: int) -> str:
+def _known_as(responder: Responder) -> str:
+    """The model's name; that of a folder with a digest of the weights in it."""
+    if responder.base_url is not None or not Path(responder.model).is_dir():
+        return responder.model
+    from starling_lib.models import folder_fingerprint
+
+    return f"{responder.model}@{folder_fingerprint(responder.model)}"
+
+
+def _request_hash(
+    responder: Responder, known_as: str, prompt: Sequence[Message], seed: int
+) -> str:
     """What makes a response this run's: text, model and way of sampling, hashed."""
     settings = {
         "temperature": float(responder.temperature),
         "max_new_tokens": responder.max_new_tokens,
         "seeds": [responder.seed, seed],
     }
-    return request_hash(responder.model, responder.messages(prompt), settings)
+    return request_hash(known_as, responder.messages(prompt), settings)
 
 
 def _check_requests(
@@ -179,15 +209,46 @@ def _new_responses(
     for model in dict.fromkeys(responder.model for responder in local):
         sharing = [responder for responder in local if responder.model == model]
         yield from _sample_locally(model, sharing, rows, missing, batch_size, seed)
-    failures: list[str] = []
+    failures: list[Failure] = []
     for responder in waiting:
         if responder.base_url is not None:
             yield from ask_server(responder, missing[responder.name], failures)
-    if failures:
-        raise JudgeError(
-            f"{len(failures)} responses are missing, the others are kept: run again to "
-            f"ask for them. The first: {failures[0]}"
+    # A server that refuses every row is asked in a wrong way: no row is at fault.
+    failed = Counter(one.responder for one in failures)
+    refused = [
+        one
+        for one in failures
+        if one.error.refused and failed[one.responder] < len(rows)
+    ]
+    yield [
+        {"id": one.row, "responder": one.responder, "error": str(one.error)}
+        for one in refused
+    ]
+    if len(refused) < len(failures):
+        missing_still = [one for one in failures if one not in refused]
+        raise without_response(missing_still, "responses are missing")
+
+
+def without_response(failures: Sequence[Failure], what: str) -> JudgeError:
+    """The error that says what brought no response and what to do; ids of ten rows."""
+    text = (
+        f"{len(failures)} {what} ({_named(one.row for one in failures)}), the others "
+        "are kept: run again to ask for them. The first: row "
+        f"{failures[0].row!r}: {failures[0].error}"
+    )
+    refused = [one.row for one in failures if one.error.refused]
+    if refused:
+        text += (
+            f". The server will refuse {len(refused)} again ({_named(refused)}): leave "
+            "them out, or change what it does not take"
         )
+    return JudgeError(text)
+
+
+def _named(ids: Iterable[str]) -> str:
+    """At most ten ids, for a message; "q9" before "q10"."""
+    distinct = sorted(set(ids), key=lambda one: (len(one), one))
+    return f"rows {', '.join(map(repr, distinct[:10]))}" + " …" * (len(distinct) > 10)
 
 
 def _sample_locally(
@@ -273,7 +334,7 @@ def _chunk_seed(seed: int, responder: Responder, start: int) -> int:
 
 
 def ask_server(
-    responder: Responder, rows: Sequence[Row], failures: list[str]
+    responder: Responder, rows: Sequence[Row], failures: list[Failure]
 ) -> Iterator[list[Row]]:
     """Responses of a server, one by one; what fails is added to `failures`."""
     server = OpenAIJudge(
@@ -287,7 +348,7 @@ def ask_server(
     with contextlib.closing(ask_all(server, requests)) as replies:
         for index, reply in replies:
             if isinstance(reply, JudgeError):
-                failures.append(f"row {rows[index]['id']!r}: {reply}")
+                failures.append(Failure(rows[index]["id"], responder.name, reply))
                 continue
             ended = reply.finish_reason != "length"
             yield [_response(rows[index], responder, reply.text, ended)]
@@ -300,6 +361,28 @@ def _response(row: Row, responder: Responder, text: str, finished: bool) -> Row:
         "answer": text,
         "finished": finished,
     }
+
+
+def _with_responses(
+    rows: Sequence[Row], names: Sequence[str], known: Mapping[tuple[str, str], Row]
+) -> list[Row]:
+    """Rows with the responses that there are; warns of those that servers refused."""
+    found, lacking = [], []
+    for row in rows:
+        kept = {name: known[row["id"], name] for name in names}
+        given = {name: one for name, one in kept.items() if "answer" in one}
+        if len(given) < len(names):
+            lacking.append(row["id"])
+        if len(given) >= min(2, len(names)):
+            found.append(_unranked(row, given))
+    if lacking:
+        warnings.warn(
+            f"{len(lacking)} of {len(rows)} rows lack a response that a server refused; "
+            f"{len(rows) - len(found)} of them, with fewer than two others, are left "
+            f"out: {_named(lacking)}",
+            stacklevel=3,
+        )
+    return found
 
 
 def _unranked(row: Row, responses: Mapping[str, Row]) -> Row:

@@ -94,6 +94,7 @@ def side_by_side(names: list[str], replies: list[str], width: int | None = None)
 
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most `width` characters; what a terminal would obey is left out."""
+    text = text.expandtabs(4)
     lines = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
     return [
         part

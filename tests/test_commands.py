@@ -280,6 +280,13 @@ def test_two_replies_stand_side_by_side():
     ]
 
 
+def test_tabs_of_a_reply_are_shown_as_spaces():
+    from starling_lib.terminal_chat import side_by_side
+
+    shown = side_by_side(["m"], ["if x:\n\treturn\ty"], width=40)
+    assert shown.split("\n") == ["[m]", "if x:", "    return  y"]
+
+
 def test_chat_from_a_pipe(tmp_path):
     command = [sys.executable, "-m", "starling_lib", "chat", "model=tiny"]
     done = subprocess.run(

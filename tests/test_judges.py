@@ -878,23 +878,80 @@ def test_one_failure_loses_no_other_reply(serve):
     assert [replies[i].text for i in (0, 5)] == ["re: 0", "re: 5"]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refusal_that_meets_all_stops_at_once(serve, status):
-    def refuses_after_4(request):
-        time.sleep(0.01)
-        if int(request["messages"][-1]["content"]) < 4:
-            return echo(request)
-        return (status, error("no such thing"), {})
+def after_4(then):
+    """Echoes the questions 0 to 3; `then(request)` answers the others."""
 
-    server = serve(refuses_after_4)
-    replies = []
-    with pytest.raises(JudgeError, match=f"HTTP {status}") as caught:
-        replies.extend(ask_all(judge_of(server, concurrency=2), questions(50)))
-    assert caught.value.fatal
+    def say(request):
+        time.sleep(0.01)
+        number = int(request["messages"][-1]["content"])
+        return echo(request) if number < 4 else then(request)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "advice"),
+    [
+        (401, None, "environment variable OPENAI_API_KEY"),
+        (402, None, "no credit left: add some and run again"),
+        (404, None, "the model's name"),
+        (429, "insufficient_quota", "no credit left: add some and run again"),
+    ],
+)
+def test_a_refusal_that_meets_all_stops_at_once(serve, status, code, advice):
+    refusal = (status, error("no such thing", code=code), {})
+    server, replies = serve(after_4(lambda request: refusal)), []
+    judge = judge_of(server, concurrency=2, max_retries=0)
+    with pytest.raises(JudgeError, match=f"HTTP {status}.*{advice}") as caught:
+        replies.extend(ask_all(judge, questions(50)))
+    assert caught.value.fatal and "in a row" not in str(caught.value)
+    assert len(replies) == 4
     settle(server)
     assert len(server.requests) <= 10
-    if status == 401:
-        assert "environment variable OPENAI_API_KEY" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (lambda request: (500, error("oops"), {}), "HTTP 500: .*oops"),
+        (lambda request: (429, error("slow down"), {}), "HTTP 429: .*slow down"),
+        (lambda request: (403, error("limit exceeded"), {}), "HTTP 403: .*limit"),
+        (stall, "no reply within 0.05 s"),
+    ],
+    ids=["broken", "busy", "closed", "slow"],
+)
+def test_a_server_that_answers_no_more_stops_the_run(serve, then, said):
+    server, found = serve(after_4(then)), {}
+    judge = judge_of(server, concurrency=1, max_retries=0, timeout=0.05)
+    message = f"3 requests in a row brought no reply; the last .*{said}.*run again"
+    with pytest.raises(JudgeError, match=message) as caught:
+        for i, outcome in ask_all(judge, questions(50)):
+            found[i] = outcome
+    assert caught.value.fatal
+    assert [isinstance(found[i], Reply) for i in range(6)] == [True] * 4 + [False] * 2
+
+
+def test_a_prompt_that_is_refused_fails_alone(serve):
+    """Some servers flag single prompts with a 403, be they the very first."""
+
+    def flags(request):
+        flagged = request["messages"][-1]["content"] in ("0", "3", "4")
+        return (403, error("flagged"), {}) if flagged else echo(request)
+
+    judge = judge_of(serve(flags), concurrency=1)
+    found = dict(ask_all(judge, questions(8)))
+    failed = [i for i, outcome in found.items() if isinstance(outcome, JudgeError)]
+    assert failed == [0, 3, 4] and len(found) == 8
+    assert all(found[i].refused and not found[i].fatal for i in failed)
+
+
+def test_a_key_that_may_nothing_stops_the_run(serve):
+    server = serve((403, error("not yours"), {}))
+    with pytest.raises(JudgeError, match="HTTP 403.*check the key") as caught:
+        list(ask_all(judge_of(server, concurrency=1), questions(50)))
+    assert caught.value.fatal and "in a row" not in str(caught.value)
+    settle(server)
+    assert len(server.requests) <= 5
 
 
 def test_good_replies_are_yielded_before_a_fatal_refusal():
@@ -935,7 +992,7 @@ class Flaky:
 
 def test_a_server_that_is_gone_stops_the_run_and_loses_nothing():
     judge, found = Flaky(up={0, 1, 4}), {}
-    with pytest.raises(JudgeError, match="3 requests in a row found no server.*again"):
+    with pytest.raises(JudgeError, match="3 requests in a row brought no.*again"):
         for i, outcome in ask_all(judge, questions(50)):
             found[i] = outcome
     assert {i for i, outcome in found.items() if isinstance(outcome, Reply)} == {
@@ -949,7 +1006,9 @@ def test_a_server_that_is_gone_stops_the_run_and_loses_nothing():
 def test_a_dead_server_is_told_from_a_bad_reply():
     judge = OpenAIJudge("m", "http://127.0.0.1:9/v1", max_retries=0)
     outcomes = []
-    with pytest.raises(JudgeError, match="found no server") as caught:
+    with pytest.raises(
+        JudgeError, match="brought no reply.*is the server up"
+    ) as caught:
         outcomes.extend(ask_all(judge, questions(100)))
     assert caught.value.fatal and len(outcomes) == judge.concurrency
 

@@ -1348,6 +1348,28 @@ def test_turns_that_a_server_refused_are_asked_for_again(tmp_path, serve):
     assert set(answers) == {1, 2} and len(server.bodies) == 5
 
 
+def test_all_questions_that_a_server_refuses_are_named(tmp_path, serve):
+    def say(body, count):
+        last = body["messages"][-1]["content"]
+        return retell(body, count) if last.startswith("q1 ") else (400, b"flagged")
+
+    def failure(questions):
+        with pytest.raises(JudgeError, match="turns have no answer") as caught:
+            answer_questions(
+                far(server), questions, tmp_path / "far.jsonl", progress=False
+            )
+        return str(caught.value)
+
+    server = serve(say)
+    said = failure([question(i, turns=1) for i in (1, 2, 3)])
+    assert said.startswith("2 turns") and said.endswith(
+        "The server will refuse 2 again (rows '2', '3'): leave them out, or change what "
+        "it does not take"
+    )
+    said = failure([question(i, turns=1) for i in range(1, 14)])
+    assert "12 again (rows '2', " in said and "'11' …)" in said and "'12'" not in said
+
+
 def test_answers_of_another_run_are_refused(tmp_path, serve):
     server, path = serve(retell), tmp_path / "far.jsonl"
     answer_questions(far(server), [question(1)], path, progress=False)

@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 
+from starling_lib import statistics
 from starling_lib.statistics import (
     agreement,
     bootstrap_interval,
@@ -52,6 +54,23 @@ def test_any_statistic_and_a_fixed_seed():
     assert first == bootstrap_interval(values, np.median, seed=7)
     assert first != bootstrap_interval(values, np.median, seed=8)
     assert first.estimate == np.median(values)
+
+
+def test_resamples_are_drawn_in_pieces_that_change_nothing(monkeypatch):
+    values = np.random.default_rng(6).normal(0.1, 1, size=2000)
+
+    def results():
+        difference = paired_difference(values[:500], np.zeros(500), resamples=300)
+        return bootstrap_interval(values, resamples=300), difference
+
+    whole = results()
+    monkeypatch.setattr(statistics, "_DRAWN_AT_ONCE", 2**15)
+    tracemalloc.start()
+    pieces = results()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pieces == whole
+    assert peak < 2e6  # all at once: 10 MB
 
 
 def test_a_single_group_has_no_interval():
