@@ -102,6 +102,8 @@ class ActorCritic(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
         self.policy.gradient_checkpointing_enable(**kwargs)
+        if self.value_trunk is not None:
+            self.value_trunk.gradient_checkpointing_enable(**kwargs)
 
     def forward(
         self,

@@ -22,7 +22,7 @@ Knows: features, rankings, a reward model as a function. Does not know: policies
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from starling_lib.models import load_reward_model, load_tokenizer, quiet, reward_head
@@ -38,6 +39,7 @@ from starling_lib.rollouts import Messages
 from starling_lib.scoring import response_features
 
 FILE = "pessimism.safetensors"
+AT_ONCE = 256  # rankings that `fit` reads together, batched by length
 
 
 @dataclass(frozen=True)
@@ -190,18 +192,24 @@ class PessimisticReward:
 
     def fit(self, rankings: Dataset, progress: bool = True) -> "PessimisticReward":
         """Learn from rows of `load_rankings` which differences were ever compared."""
-        prompts, responses, finished, sizes = [], [], [], []
-        for row in rankings:
-            count = len(row["responses"])
-            prompts += [row["prompt"]] * count
-            responses += row["responses"]
-            finished += row.get("finished") or [True] * count
-            sizes.append(count)
-        features = self.features(prompts, responses, finished, progress)
         ranked = "ranks" in rankings.column_names
         ranks = list(rankings["ranks"]) if ranked else None
-        self.coverage = coverage(features.split(sizes), ranks)
+        self.coverage = coverage(self._ranked_features(rankings, progress), ranks)
         return self
+
+    def _ranked_features(self, rankings: Dataset, progress: bool) -> Iterator[Tensor]:
+        """(K, d) features of each ranking; those of AT_ONCE rankings are held."""
+        starts = range(0, len(rankings), AT_ONCE)
+        for start in tqdm(starts, "features", disable=not progress, leave=False):
+            prompts, responses, finished, sizes = [], [], [], []
+            end = min(start + AT_ONCE, len(rankings))
+            for row in rankings.select(range(start, end)):
+                count = len(row["responses"])
+                prompts += [row["prompt"]] * count
+                responses += row["responses"]
+                finished += row.get("finished") or [True] * count
+                sizes.append(count)
+            yield from self.features(prompts, responses, finished).split(sizes)
 
     def __call__(
         self,

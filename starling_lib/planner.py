@@ -48,6 +48,7 @@ class Shape:
     key_value: int  # key heads × their width
     vocabulary: int
     tied: bool  # one matrix is embedding and head
+    windowed: bool = False  # attention reaches over a sliding window only
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -74,6 +75,7 @@ class Shape:
             key_value=config.num_key_value_heads * width,
             vocabulary=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
+            windowed=getattr(config, "sliding_window", None) is not None,
         )
 
     @property
@@ -125,6 +127,7 @@ class Load:
     pairs: int = 0  # of a query and a key, summed over the rows, for one head
     response_tokens: int = 0  # whose logits are kept: 0 for a reward model
     trained_layers: int | None = None
+    separate_critic: bool = False  # values are learnt by a copy of the trained layers
     bytes_parameter: int = 4  # of the weights that are optimised
     bytes_compute: int = 2  # bf16 or fp16; 4 without
     checkpointing: bool = False
@@ -158,6 +161,16 @@ class Load:
     @property
     def autocast(self) -> bool:
         return self.bytes_compute < self.bytes_parameter and not self.low_precision
+
+    @property
+    def tops(self) -> int:
+        """Stacks of trained layers that a token passes: the policy's, a critic's own."""
+        return 1 + self.separate_critic
+
+    @property
+    def copy_samples(self) -> bool:
+        """Whether a low-precision copy samples (`rollouts.half_precision_copy`)."""
+        return self.on_cpu and self.autocast
 
     @property
     def weight_bytes(self) -> int:
@@ -216,9 +229,9 @@ def activation_bytes(shape: Shape, load: Load) -> float:
 
     With checkpointing one layer is held whole and of each only the input.
     """
-    layer, layers = layer_bytes(shape, load), load.layers_of(shape)
+    layer, layers = layer_bytes(shape, load), load.tops * load.layers_of(shape)
     hidden = load.tokens * shape.hidden
-    norm = 2 * 4 * hidden
+    norm = load.tops * 2 * 4 * hidden
     if load.checkpointing:
         kept = load.bytes_compute if load.low_precision else 4
         return layer + norm + layers * hidden * kept
@@ -249,9 +262,19 @@ def workspace_bytes(shape: Shape, load: Load) -> float:
     return max(2 * wide, 2 * softmax - 4 * wide)
 
 
-def state_bytes(shape: Shape, load: Load, head: bool) -> dict[str, float]:
+def critic_parameters(shape: Shape, load: Load) -> int:
+    """Of a critic: its head and, if separate, its copy of what trains below the head."""
+    layers = shape.trained(load.trained_layers, head=False)
+    return shape.value_head_parameters + load.separate_critic * layers
+
+
+def state_bytes(
+    shape: Shape, load: Load, head: bool, critic: int = 0
+) -> dict[str, float]:
     """Weights, gradients, optimiser and working copies on one device.
 
+    `critic`: parameters of one in the same module, which are split as the policy's. Its
+    gradients are among the others; its weights and moments are a part of their own.
     Gradients without sharding stand twice on several devices: DDP sends them in buckets
     of its own. Working copies are those that autocast makes of weights that train until
     the forward pass ends, and layers put together where weights are split.
@@ -265,26 +288,32 @@ def state_bytes(shape: Shape, load: Load, head: bool) -> dict[str, float]:
     trained = shape.trained(load.trained_layers, head)
     copies = 0
     if load.autocast:
-        matrices = load.layers_of(shape) * shape.layer_parameters
+        matrices = load.tops * load.layers_of(shape) * shape.layer_parameters
         own_head = head and load.trains_head(shape)
         matrices += shape.embedding_parameters if own_head else 0
         copies += matrices * load.bytes_compute
     if "weights" in split and load.devices > 1:
         copies += _GATHERED_LAYERS * shape.layer_parameters * load.weight_bytes
     buckets = load.sharding == "none" and load.devices > 1
-    gradients = trained * load.weight_bytes * (2 if buckets else 1)
-    return {
-        "weights": total * load.weight_bytes / share["weights"],
+    gradients = (trained + critic) * load.weight_bytes * (2 if buckets else 1)
+    weight = load.weight_bytes / share["weights"]
+    moments = (12 if load.low_precision else 8) / share["optimiser"]
+    state = {
+        "weights": total * weight,
         "gradients": gradients / share["gradients"],
-        "optimiser": trained * (12 if load.low_precision else 8) / share["optimiser"],
+        "optimiser": trained * moments,
         "working copies": copies,
     }
+    return state | ({"critic": critic * (weight + moments)} if critic else {})
 
 
-def training_memory(shape: Shape, load: Load, head: bool = True) -> dict[str, float]:
+def training_memory(
+    shape: Shape, load: Load, head: bool = True, critic: int = 0
+) -> dict[str, float]:
     """Bytes on one device by what they are for, at the fullest moment of a step.
 
     `head`: the model has a vocabulary head (a policy); a reward model has one number.
+    `critic`: parameters of one that trains with it.
     Where no gradients are held while activations are, they take their place during the
     backward pass: only what they need beyond it counts.
     Raises ValueError on an unknown kind of sharding.
@@ -299,7 +328,7 @@ def training_memory(shape: Shape, load: Load, head: bool = True) -> dict[str, fl
         "logits": logits,
         "workspace": max(0.0, workspace_bytes(shape, load) - logits),
     }
-    state = state_bytes(shape, load, head)
+    state = state_bytes(shape, load, head, critic)
     if load.autocast and load.checkpointing:
         # All copies are there when the forward pass ends, and gone when the backward pass
         # computes its first layer again, which then is in their place.
@@ -313,23 +342,16 @@ def training_memory(shape: Shape, load: Load, head: bool = True) -> dict[str, fl
     return {**state, **passing}
 
 
-def beside_policy(
-    policy: Shape, reward: Shape, load: Load, separate_critic: bool = False
-) -> dict[str, float]:
+def beside_policy(policy: Shape, reward: Shape, load: Load) -> dict[str, float]:
     """Bytes of what stands beside a policy that is tuned, all the time and unsharded.
 
-    The reference is a frozen copy of what trains (the trunk is shared). The critic is a
-    head and, if separate, one more copy of the layers, which trains. The reward model is
-    held whole.
+    The reference is a frozen copy of what trains (the trunk is shared). The reward model
+    is held whole.
     """
-    layers = load.layers_of(policy) * policy.layer_parameters + policy.hidden
-    if load.trained_layers is None:
-        layers += policy.embedding_parameters
+    layers = policy.trained(load.trained_layers, head=False)
     head = policy.embedding_parameters if load.trains_head(policy) else 0
-    critic = policy.value_head_parameters + (layers if separate_critic else 0)
     return {
         "reference": 4 * (layers + head),
-        "critic": critic * (2 * load.bytes_parameter + 8),
         "reward model": (reward.trunk_parameters + reward.hidden) * 4,
     }
 
@@ -338,18 +360,15 @@ def apa_memory(
     policy: Shape,
     reward: Shape,
     load: Load,
-    separate_critic: bool = False,
     rollout: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
-    """`training_memory` of the policy while it is updated, and what stands beside it.
+    """`training_memory` of policy and critic while they are updated, and what is beside.
 
     `rollout`: `rows` and `tokens` (prompt and response) that an iteration keeps trunk
-    states for, of which a minibatch is copied. A separate critic keeps activations, too.
+    states for, of which a minibatch is copied.
     """
-    parts = training_memory(policy, load)
-    if separate_critic:
-        parts["activations"] += activation_bytes(policy, load)
-    parts |= beside_policy(policy, reward, load, separate_critic)
+    parts = training_memory(policy, load, critic=critic_parameters(policy, load))
+    parts |= beside_policy(policy, reward, load)
     if rollout and load.layers_of(policy) < policy.layers:
         kept = rollout["rows"] * rollout["tokens"] + load.tokens
         parts["trunk states"] = kept * policy.hidden * 4
@@ -363,39 +382,47 @@ def sampling_memory(
     rows: int,
     prompt: int,
     response: int,
-    separate_critic: bool = False,
 ) -> dict[str, float]:
     """Bytes on one device while an iteration's responses are sampled.
 
     Nothing is kept for a backward pass, and gradients are given back after each step, but
-    for DDP's buckets. The cache holds keys (float32 under autocast, because rotation is)
-    and values of all rows to their end, or, while prompts are read, those twice. On a CPU
-    an arranged copy of the weights samples (`arranged`), under autocast that of a copy in
-    low precision.
+    for DDP's buckets. The cache holds keys (float32 where autocast casts, because rotation
+    is; those of a low-precision copy are as it computes) and values of all rows to their
+    end, or, while prompts are read, those twice. On a CPU an arranged copy of the weights
+    samples (`arranged`), under autocast that of a copy in low precision.
     `logits`: of one token a row, in float32 and float64, as they are sampled from.
-    `trunk states`, where no low-precision copy samples, in the cache, by row and as one
+    `trunk states`, where they are kept (`keeps_states`), in the cache, by row and as one
     tensor.
     """
-    state = state_bytes(policy, load, head=True)
+    critic = critic_parameters(policy, load)
+    state = state_bytes(policy, load, head=True, critic=critic)
     buckets = load.sharding == "none" and load.devices > 1
     state["gradients"] *= 0.5 if buckets else 0
     if load.on_cpu:
         copies = 2 if load.autocast else 1
         state["working copies"] = copies * policy.parameters * load.bytes_compute
-    key = load.bytes_parameter if load.autocast else load.bytes_compute
-    token = policy.layers * policy.key_value * (key + load.bytes_compute)
+    casts = load.autocast and not load.copy_samples
+    uncast = load.bytes_parameter if casts else load.bytes_compute
+    token = policy.layers * policy.key_value * (uncast + load.bytes_compute)
     reading = 2 * rows * prompt * token
     kept = {}
-    if load.layers_of(policy) < policy.layers and not (load.on_cpu and load.autocast):
-        size = load.bytes_parameter if load.autocast else load.bytes_compute
-        kept["trunk states"] = 3 * rows * (prompt + response) * policy.hidden * size
+    if load.layers_of(policy) < policy.layers and keeps_states(policy, load):
+        kept["trunk states"] = 3 * rows * (prompt + response) * policy.hidden * uncast
     return {
         **state,
         **kept,
-        **beside_policy(policy, reward, load, separate_critic),
+        **beside_policy(policy, reward, load),
         "key-value cache": max(reading, rows * (prompt + response) * token),
         "logits": rows * policy.vocabulary * (load.bytes_compute + 4 * 4 + 8),
     }
+
+
+def keeps_states(shape: Shape, load: Load) -> bool:
+    """Whether sampling hands the frozen trunk's states on (`rollouts.sample`).
+
+    Not where a low-precision copy samples, nor where attention has windows.
+    """
+    return not (load.copy_samples or shape.windowed)
 
 
 # --- work
@@ -404,15 +431,17 @@ def sampling_memory(
 def training_flops(shape: Shape, load: Load, head: bool = True) -> float:
     """Of one forward and backward pass of `load` on one device.
 
-    Attention's own products are left out: with 7B and 2,048 tokens they are 4 %.
+    A frozen head takes 4 a parameter and token: logits and, still in the forward pass,
+    the slope of the states (`vocabulary`). Attention's own products are left out: with 7B
+    and 2,048 tokens they are 4 %.
     """
     layers = load.layers_of(shape)
     frozen = shape.layers - layers
-    recomputed = 2 if load.checkpointing else 0
-    flops = load.tokens * shape.layer_parameters * (2 * frozen)
-    flops += load.tokens * shape.layer_parameters * layers * (6 + recomputed)
+    passes = 2 * frozen + load.tops * layers * (8 if load.checkpointing else 6)
+    flops = load.tokens * shape.layer_parameters * passes
     if head:
-        flops += load.response_tokens * shape.embedding_parameters * 6
+        each = 6 if load.trains_head(shape) else 4
+        flops += load.response_tokens * shape.embedding_parameters * each
     return flops
 
 

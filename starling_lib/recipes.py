@@ -35,8 +35,8 @@ from starling_lib.reward import (
 # Modules whose code decides the weights: a change in one makes artefacts anew.
 TRAINING_CODE = [
     *("chat", "rankings", "models", "trunk", "prefix", "vocabulary", "generation"),
-    *("rollouts", "losses", "scoring", "reward", "objectives", "actor_critic"),
-    *("policy_rewards", "apa"),
+    *("arranged", "rollouts", "losses", "scoring", "reward", "objectives"),
+    *("actor_critic", "policy_rewards", "apa"),
 ]
 FIGURES_MIME = "application/vnd.starling.figures+json"
 
@@ -194,6 +194,8 @@ def keep(
         if fresh:
             for old in (folder, partial):
                 shutil.rmtree(old, ignore_errors=True)
+        if (partial / MARKER).exists():  # a kill came between mark and name
+            _put_in_place(partial, folder)
         if (folder / MARKER).exists():
             print(f"{stage}: re-using {folder.name}, made with the same settings")
             return folder
@@ -208,11 +210,16 @@ def keep(
         finally:  # a stretch that was interrupted counts as well
             seconds = before + time.perf_counter() - start
             write_atomically(spent, json.dumps(seconds).encode())
-        for scratch in [*partial.glob("checkpoint-*"), *partial.glob("trunk-cache")]:
-            shutil.rmtree(scratch)
         write_marker(partial)
-        partial.rename(folder)
+        _put_in_place(partial, folder)
     return folder
+
+
+def _put_in_place(built: Path, folder: Path) -> None:
+    """Give what was built and marked its name, without what only its training needed."""
+    for scratch in [*built.glob("checkpoint-*"), *built.glob("trunk-cache")]:
+        shutil.rmtree(scratch)
+    built.rename(folder)
 
 
 def save_trained(trainer, folder: Path) -> None:

@@ -33,11 +33,13 @@ from starling_lib.planner import (
     Load,
     Shape,
     apa_memory,
+    critic_parameters,
     fits,
     generation_bytes,
     generation_flops,
     hours,
     judging_cost,
+    keeps_states,
     sampling_memory,
     training_flops,
     training_memory,
@@ -52,7 +54,7 @@ from starling_lib.recipe_files import (
 
 CHARACTERS = 4  # of English text a token, about
 
-_OPENCHAT = Shape(32, 4096, 14336, 32, 4096, 1024, 32002, tied=False)
+_OPENCHAT = Shape(32, 4096, 14336, 32, 4096, 1024, 32002, tied=False, windowed=True)
 _LLAMA_2 = Shape(32, 4096, 11008, 32, 4096, 4096, 32000, tied=False)
 _SMOLLM2 = Shape(30, 576, 1536, 9, 576, 192, 49152, tied=True)
 # From each model's published config.json; the released Starling models are those they
@@ -209,8 +211,7 @@ def plan_policy(
     longest = (args.max_prompt_length, args.max_new_tokens)
     sizes = {"longest": longest, "mean": _within(texts, *longest)}
     minibatch = args.per_device_train_batch_size * (2 if args.ptx_coef else 1)
-    state = {**_state(args, machine), "checkpointing": args.gradient_checkpointing}
-    critic = args.separate_value_model
+    state = _state(args, machine) | {"separate_critic": args.separate_value_model}
     memory, moments = {name: {} for name in sizes}, {}
     for sharding in _shardings(machine):
         for name, (prompt, response) in sizes.items():
@@ -221,9 +222,9 @@ def plan_policy(
             at_once = min(args.generation_batch_size or rows, rows)
             kept = {"rows": rows, "tokens": prompt + response}
             at = {
-                "update": apa_memory(policy, reward, load, critic, kept),
+                "update": apa_memory(policy, reward, load, kept),
                 "sampling": sampling_memory(
-                    policy, reward, load, at_once, prompt, response, critic
+                    policy, reward, load, at_once, prompt, response
                 ),
             }
             fullest = max(at, key=lambda moment: sum(at[moment].values()))
@@ -238,7 +239,7 @@ def plan_policy(
         parameters={
             "all": policy.parameters,
             "trained": trained,
-            "critic's head": policy.value_head_parameters,
+            "critic": critic_parameters(policy, load),
             "reward model": reward.trunk_parameters + reward.hidden,
         },
         memory=_present(memory["longest"]),
@@ -266,8 +267,9 @@ def _policy_figures(
 
     A token that is sampled waits for the memory: all weights and the cache are read. On a
     GPU weights are kept in float32, and autocast reads, writes and reads them again.
-    Beside the updates, every response passes once through the policy, the reference's
-    layers and the reward model.
+    Beside the updates, every response passes once through the trained layers of policy,
+    reference and separate critic, through the reward model, and through the frozen layers
+    where sampling has not kept their states.
     """
     rows, (prompt, response) = args.rollout_batch_size, mean
     top = _top(policy, load)
@@ -278,9 +280,10 @@ def _policy_figures(
     reading = generation_bytes(
         policy, at_once, prompt, response, read or load.bytes_compute
     ) * (rows / at_once)
+    below = 0 if keeps_states(policy, load) else policy.layers - top.layers
+    layers = below + (1 + load.tops) * top.layers
     scored = trunk * (
-        (policy.layers + top.layers) * policy.layer_parameters
-        + reward.layers * reward.layer_parameters
+        layers * policy.layer_parameters + reward.layers * reward.layer_parameters
     )
     scored += 2 * 2 * rows * response * policy.embedding_parameters
     updated = args.micro_steps * training_flops(top, load)
@@ -640,31 +643,41 @@ def count_prompts(recipe: LabelRecipe | RewardRecipe | APARecipe) -> int:
     Raises RecipeError for a split that cannot be read, and for other data, which only a
     download could count.
     """
-    source = recipe.source if isinstance(recipe, LabelRecipe) else recipe.data
+    labels = isinstance(recipe, LabelRecipe)
+    source = recipe.source if labels else recipe.data
     half = getattr(recipe, "half", None)
-    total = 0
-    for part in recipe.split.split("+"):
-        found = re.fullmatch(r"(\w+)(?:\[(.*)\])?", part.strip())
-        if found is None:
-            raise RecipeError(
-                f"split: cannot read {part.strip()!r}; write a name (letters, digits, _), "
-                "or one with a slice such as train[:100]"
-            )
-        name, slice_ = found.groups()
-        if source in KNOWN_PROMPTS:
-            rows = _sliced(KNOWN_PROMPTS[source].get(name), slice_)
-        elif source == "nectar_mini" or Path(source).exists():
-            from starling_lib.recipes import first_rankings
+    counts = [
+        _count_part(source, part.strip(), half) for part in recipe.split.split("+")
+    ]
+    if recipe.rows is None:
+        return sum(counts)
+    if labels:  # which takes so many of each part
+        return sum(min(count, recipe.rows) for count in counts)
+    return min(sum(counts), recipe.rows)
 
-            rows = len(first_rankings(source, part.strip(), half=half))
-        else:
-            rows = None
-        if rows is None:
-            raise RecipeError(
-                f"prompts: how many {source} has in {part} is not known here; give it"
-            )
-        total += rows if recipe.rows is None else min(rows, recipe.rows)
-    return total
+
+def _count_part(source: str, part: str, half: str | None) -> int:
+    """Rows of one name of a split, with or without a slice; errors of `count_prompts`."""
+    found = re.fullmatch(r"(\w+)(?:\[(.*)\])?", part)
+    if found is None:
+        raise RecipeError(
+            f"split: cannot read {part!r}; write a name (letters, digits, _), or one with "
+            "a slice such as train[:100]"
+        )
+    name, slice_ = found.groups()
+    if source in KNOWN_PROMPTS:
+        rows = _sliced(KNOWN_PROMPTS[source].get(name), slice_)
+    elif source == "nectar_mini" or Path(source).exists():
+        from starling_lib.recipes import first_rankings
+
+        rows = len(first_rankings(source, part, half=half))
+    else:
+        rows = None
+    if rows is None:
+        raise RecipeError(
+            f"prompts: how many {source} has in {part} is not known here; give it"
+        )
+    return rows
 
 
 def _sliced(rows: int | None, text: str | None) -> int | None:

@@ -145,12 +145,14 @@ def _check_stream(recipe: RewardRecipe) -> None:
 def training_rankings(
     recipe: RewardRecipe, held_out: Dataset | None
 ) -> Dataset | IterableDataset:
-    """What a recipe learns from: a table, or a shuffled stream without held-out prompts.
+    """What a recipe learns from, without held-out prompts: a table or a shuffled stream.
 
     The stream sets bad rows aside with a warning each: a run should not end at one.
+    Raises RecipeError where no row of a table is left.
     """
     if not recipe.streaming:
-        return first_rankings(recipe.data, recipe.split, recipe.rows, recipe.half)
+        rows = first_rankings(recipe.data, recipe.split, recipe.rows, recipe.half)
+        return rows if held_out is None else _not_held_out(rows, held_out)
     rows = load_rankings(
         recipe.data, recipe.split, on_error="skip", half=recipe.half, streaming=True
     )
@@ -158,6 +160,19 @@ def training_rankings(
         rows = without_prompts(rows, held_out)
     # The same seed in all processes: they share the rows of one order.
     return rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER)
+
+
+def _not_held_out(rows: Dataset, held_out: Dataset) -> Dataset:
+    """The rows of a table whose prompt is not held out; says how many others there were."""
+    left = without_prompts(rows, held_out)
+    if len(left) == 0:
+        raise RecipeError(
+            "eval_split: holds every prompt of split, so that none is left to learn from; "
+            "name another"
+        )
+    if dropped := len(rows) - len(left):
+        print(f"{dropped} of {len(rows)} rows have a prompt of eval_split: left out")
+    return left
 
 
 def _check_trainer(config: type, trainer: dict[str, Any]) -> None:

@@ -347,21 +347,24 @@ def test_variants_train(tokenizer, tmp_path, changes):
     assert all(v.isfinite().all() for v in trained.values())
 
 
-def test_gradient_checkpointing_changes_no_gradient(tokenizer, policy):
+@pytest.mark.parametrize("separate", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(tokenizer, policy, separate):
     rollout = sample(policy, tokenizer, PROMPTS["prompt"][:4], max_new_tokens=6)
     tokens = {name: getattr(rollout, name) for name in TOKENS}
-    module = ActorCritic(policy, ValueHead(64), 1).train()
+    module = ActorCritic(policy, ValueHead(64), 1, separate).train()
+    torch.nn.init.ones_(module.value_head.outer.weight)  # at zero nothing goes below
     gradients = []
     for _ in range(2):
         module.zero_grad()
-        module(**tokens, trunk_states=module.trunk_states(**tokens))[
-            "logprobs"
-        ].sum().backward()
-        named = module.policy.named_parameters()
+        out = module(**tokens, trunk_states=module.trunk_states(**tokens))
+        (out["logprobs"].sum() + out["values"].sum()).backward()
+        named = module.named_parameters()
         gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
         with pytest.warns(FutureWarning):
             module.gradient_checkpointing_enable()
-    assert len(gradients[0]) == 10
+    tops = [policy.base_model] + [module.value_trunk] * separate
+    assert all(layer.gradient_checkpointing for top in tops for layer in top.layers)
+    assert len(gradients[0]) == 10 * len(tops) + 4
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6)
 

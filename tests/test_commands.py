@@ -122,6 +122,26 @@ def test_a_stream_is_learnt_from_without_what_is_held_out(folder):
     assert 0 < len(read) < len(half) and read != sorted(read, key=half.index)
 
 
+def test_a_table_is_learnt_from_without_what_is_held_out(folder, capsys):
+    from starling_lib.recipes import first_rankings
+    from starling_lib.training_runs import training_rankings
+
+    def rankings(**changes):
+        recipe = dataclasses.replace(tiny, **changes)
+        held_out = first_rankings(recipe.data, recipe.eval_split)
+        return training_rankings(recipe, held_out)["id"], held_out["id"]
+
+    tiny = read_command(BY_NAME["reward"], "tiny", ["rows=null", "half=null"])
+    whole = first_rankings(tiny.data, "train")["id"]
+    learnt, held_out = rankings(eval_split="train[:9]")
+    assert set(learnt) == set(whole) - set(held_out) and len(learnt) == len(whole) - 9
+    said = capsys.readouterr().out
+    assert f"9 of {len(whole)} rows have a prompt of eval_split: left out" in said
+    assert rankings(eval_split="test")[0] == whole and not capsys.readouterr().out
+    with pytest.raises(RecipeError, match="eval_split: holds every prompt of split"):
+        rankings(eval_split="train")
+
+
 def test_adapters_are_merged_into_the_saved_model(folder):
     from starling_lib.models import load_reward_model
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from starling_lib import pessimism
 from starling_lib.models import load_reward_model, load_tokenizer
 from starling_lib.pessimism import (
     Coverage,
@@ -254,6 +255,30 @@ def test_fit_reads_the_rankings_as_they_were_scored(
     ended = toy_rankings.remove_columns("finished")
     other = PessimisticReward(reward_model, tokenizer, beta=0.3).fit(ended, False)
     assert not torch.allclose(other.coverage.covariance, found.covariance, atol=1e-6)
+
+
+def test_fit_holds_a_few_rankings_at_once(
+    pessimistic, reward_model, tokenizer, toy_rankings, monkeypatch
+):
+    """Three of ten, with the same result; ranks stay those of their row."""
+    ranked = toy_rankings.add_column(
+        "ranks", [[1.0, 2.0, 3.0, 3.0]] * 5 + [[1.0] * 4] * 5
+    )
+    read, counts = pessimism.response_features, []
+
+    def one_by_one(model, tokenizer, prompts, texts, finished, batch_size, progress):
+        counts.append(len(texts))
+        return read(model, tokenizer, prompts, texts, finished, 1, progress)
+
+    monkeypatch.setattr(pessimism, "response_features", one_by_one)
+    found = []
+    for at_once in (10, 3):
+        monkeypatch.setattr(pessimism, "AT_ONCE", at_once)
+        found.append(pessimistic.fit(ranked, False).coverage)
+    assert counts == [40, 12, 12, 12, 4]
+    assert torch.equal(found[0].covariance, found[1].covariance)
+    assert torch.equal(found[0].center, found[1].center)
+    assert found[0].rankings == found[1].rankings == 5
 
 
 def test_tied_ranks_of_the_rows_count(reward_model, tokenizer, toy_rankings):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,7 +20,7 @@ from transformers import (
     MistralConfig,
 )
 
-from starling_lib import planner, plots, vocabulary
+from starling_lib import generation, planner, plots, rollouts, vocabulary
 from starling_lib.__main__ import main
 from starling_lib.actor_critic import ActorCritic
 from starling_lib.command_recipes import (
@@ -50,8 +51,11 @@ from starling_lib.prefix import RankingScorer, pack_ranking, stack_rankings
 from starling_lib.recipe_files import RecipeError
 from starling_lib.run_plans import (
     KNOWN_SHAPES,
+    Machine,
+    Texts,
     bundled_plans,
     count_prompts,
+    plan_policy,
     plan_recipe,
     plan_text,
     read_plan,
@@ -201,8 +205,10 @@ def test_what_a_ranking_keeps_is_what_is_planned(way):
     assert sizes[1] - sizes[0] == pytest.approx(planned, rel=0.02)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_a_policy_keeps_is_what_is_planned(way):
+def test_what_a_policy_keeps_is_what_is_planned(way, separate, checkpointing):
     rows, prompt, response = 4, 20, 30
     ones = torch.ones(rows, prompt + response, dtype=torch.long)
     mask = ones.bool()
@@ -213,7 +219,9 @@ def test_what_a_policy_keeps_is_what_is_planned(way):
         "response_mask": mask[:, prompt:],
     }
     policy = AutoModelForCausalLM.from_config(layers_of_small(3))
-    model = ActorCritic(policy, num_layers_unfrozen=2)
+    model = ActorCritic(policy, num_layers_unfrozen=2, separate=separate).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     shape = Shape.of(policy.config)
 
     def run():
@@ -225,18 +233,19 @@ def test_what_a_policy_keeps_is_what_is_planned(way):
         trained_layers=2,
         bytes_compute=WAYS[way],
         on_cpu=True,
+        separate_critic=separate,
+        checkpointing=checkpointing,
     )
     memory = training_memory(shape, load)
     # Of what the head needs, autograd keeps the slope of each token.
-    slopes = 4 * rows * response * shape.hidden
-    planned = memory["activations"] + slopes + memory["working copies"]
-    heads = 4 * rows * response * 3 * shape.hidden  # of the critic: input and inner
-    trunk = (
-        4 * rows * (prompt + response) * shape.hidden
-    )  # frozen: its last is no input
-    assert kept_for_backward(run, model) == pytest.approx(
-        planned + heads - trunk, rel=0.02
-    )
+    planned = memory["activations"] + 4 * rows * response * shape.hidden
+    planned += 4 * rows * response * 3 * shape.hidden  # the critic's head: input, inner
+    if checkpointing:  # the layer that is whole is so in the backward pass
+        planned -= layer_bytes(shape, load)
+    else:  # the frozen states, which begin each stack, are no norm's to keep
+        states = 4 * rows * (prompt + response) * shape.hidden
+        planned += memory["working copies"] - load.tops * states
+    assert kept_for_backward(run, model) == pytest.approx(planned, rel=0.02)
 
 
 def layers_of_small(layers: int) -> LlamaConfig:
@@ -256,15 +265,44 @@ def test_beside_a_policy_stand_reference_critic_reward_model_and_trunk_states():
     memory = apa_memory(SMALL, SMALL, load, rollout=rollout)
     four, head = 4 * SMALL.layer_parameters + 576, 2 * 576**2 + 4 * 576 + 1
     assert memory["reference"] == 4 * four
-    assert memory["critic"] == 16 * head
+    assert memory["critic"] == 12 * head  # its gradients are with the policy's
+    assert memory["gradients"] == 4 * (four + head)
     assert memory["reward model"] == 4 * (SMALL.trunk_parameters + 576)
     assert memory["trunk states"] == (64 + 8) * 150 * 576 * 4
     assert memory["logits"] == 8 * 50 * 4 * (2 * 2048 + 3 * 576)
     whole = apa_memory(SMALL, SMALL, dataclasses.replace(load, trained_layers=None))
     assert whole["logits"] == 8 * 50 * 49152 * 16
-    critic = apa_memory(SMALL, SMALL, load, separate_critic=True)
-    assert critic["critic"] == 16 * (head + four) and "trunk states" not in critic
+    separate = dataclasses.replace(load, separate_critic=True)
+    critic = apa_memory(SMALL, SMALL, separate)
+    assert critic["critic"] == 12 * (head + four) and "trunk states" not in critic
+    assert critic["gradients"] == 4 * (2 * four + head)
     assert critic["activations"] == 2 * memory["activations"]
+    assert sampling_memory(SMALL, SMALL, separate, 8, 10, 30)["gradients"] == 0
+
+
+def test_a_separate_critic_is_cast_and_computed_again_as_the_policy_is():
+    load = Load.of_responses(8, 100, 50, trained_layers=4)
+    separate = dataclasses.replace(load, separate_critic=True)
+    plain, critic = (apa_memory(SMALL, SMALL, x) for x in (load, separate))
+    copies = critic["working copies"] - plain["working copies"]
+    assert copies == 4 * SMALL.layer_parameters * 2
+    again = [dataclasses.replace(x, checkpointing=True) for x in (load, separate)]
+    held = [activation_bytes(SMALL, x) for x in again]
+    assert held[1] - held[0] == 8 * 150 * 576 * (4 * 4 + 2 * 4)  # inputs and a norm
+
+
+@pytest.mark.parametrize(
+    ("sharding", "bytes_a_parameter"),
+    [
+        *(("none", 4 + 8), ("zero1", 2 + 12 / 8), ("zero2", 2 + 12 / 8)),
+        *(("zero3", 14 / 8), ("fsdp2", 12 / 8)),
+    ],
+)
+def test_a_critic_is_split_as_the_policy_is(sharding, bytes_a_parameter):
+    state = {"trained_layers": 4, "separate_critic": True, "devices": 8}
+    memory = apa_memory(SMALL, SMALL, Load(tokens=0, sharding=sharding, **state))
+    parameters = 2 * 576**2 + 4 * 576 + 1 + 4 * SMALL.layer_parameters + 576
+    assert memory["critic"] == bytes_a_parameter * parameters
 
 
 def test_the_reference_copies_a_head_that_trains():
@@ -282,8 +320,37 @@ def test_the_cache_grows_with_rows_tokens_and_key_heads():
     assert memory["trunk states"] == 3 * 8 * 40 * 576 * 4
     whole = dataclasses.replace(load, trained_layers=None)
     assert "trunk states" not in sampling_memory(SMALL, SMALL, whole, 8, 10, 30)
+    windowed = dataclasses.replace(SMALL, windowed=True)
+    assert "trunk states" not in sampling_memory(windowed, SMALL, load, 8, 10, 30)
     reading = sampling_memory(SMALL, SMALL, load, rows=8, prompt=50, response=1)
     assert reading["key-value cache"] == 2 * 8 * 50 * 30 * 2 * 192 * 4
+
+
+@pytest.mark.parametrize(("on_cpu", "key"), [(True, 2), (False, 4)])
+def test_keys_are_float32_only_where_autocast_casts(on_cpu, key):
+    load = Load.of_responses(1, 10, 10, trained_layers=4, on_cpu=on_cpu)
+    memory = sampling_memory(SMALL, SMALL, load, rows=8, prompt=10, response=30)
+    assert memory["key-value cache"] == 8 * 40 * 30 * 192 * (key + 2)
+    assert ("trunk states" in memory) == (not on_cpu)
+
+
+def test_the_keys_of_the_copy_that_samples_are_as_it_computes(
+    policy, tokenizer, monkeypatch
+):
+    read, seen = generation.read_prompts, []
+
+    def note(*arguments):
+        cache = read(*arguments)
+        seen.extend({cache.layers[0].keys.dtype, cache.layers[0].values.dtype})
+        return cache
+
+    monkeypatch.setattr(generation, "read_prompts", note)
+    for way, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        monkeypatch.setenv("STARLING_PRECISION", way)
+        asked = [[{"role": "user", "content": "to be"}]]
+        rollouts.sample(policy, tokenizer, asked, max_new_tokens=1)
+        assert seen == [dtype]
+        seen.clear()
 
 
 def test_flops_by_hand():
@@ -296,8 +363,28 @@ def test_flops_by_hand():
     logits = dataclasses.replace(load, response_tokens=5)
     extra = training_flops(SMALL, logits) - training_flops(SMALL, load)
     assert extra == 5 * 6 * 49152 * 576
+    critic = dataclasses.replace(four, separate_critic=True)
+    copied = training_flops(SMALL, critic) - training_flops(SMALL, four)
+    assert copied == 10 * 4 * 6 * layer
     sampled = generation_flops(SMALL, rows=2, prompt=7, response=3)
     assert sampled == 2 * 2 * (10 * 30 * layer + 3 * 49152 * 576)
+
+
+@pytest.mark.parametrize(("trained_layers", "each"), [(None, 6), (2, 4)])
+def test_flops_of_the_head_are_those_that_torch_counts(trained_layers, each):
+    """Of a frozen one logits and slopes, two products; of one that trains three."""
+    tokens, words, hidden = 5, 3000, 16
+    head = torch.nn.Linear(hidden, words, bias=False)
+    head.requires_grad_(trained_layers is None)
+    states = torch.randn(tokens, hidden, requires_grad=True)
+    ids = torch.arange(tokens)
+    with FlopCounterMode(display=False) as counted:
+        chosen, _ = rollouts.word_logprobs(head, LlamaConfig(), states, ids)
+        chosen.sum().backward()
+    shape = dataclasses.replace(SMALL, vocabulary=words, hidden=hidden)
+    load = Load(tokens=0, response_tokens=tokens, trained_layers=trained_layers)
+    planned = training_flops(shape, load)
+    assert planned == counted.get_total_flops() == tokens * each * words * hidden
 
 
 def test_hours_and_money():
@@ -372,6 +459,39 @@ def test_the_policy_fits_whole_where_few_responses_are_sampled_at_once():
     assert plan.figures["responses a step"] == 8 * 64 / 32
 
 
+def flops_of_an_iteration(
+    policy=KNOWN_SHAPES["tiny"], on_cpu=False, **trainer
+) -> float:
+    """Of 8 responses, 10 + 6 tokens, in 2 updates of 4; one of the layers trains."""
+    # Not above: `measure` counts what this loads.
+    from starling_lib.training_runs import policy_arguments
+
+    trainer |= {"num_layers_unfrozen": 1, "rollout_batch_size": 8, "max_steps": 2}
+    trainer |= {"per_device_train_batch_size": 4, "num_epochs_per_rollout": 1}
+    args = policy_arguments(APARecipe("o", "tiny", "tiny", trainer=trainer))
+    texts, reward = Texts(8, prompt=10, response=6), KNOWN_SHAPES["tiny"]
+    plan = plan_policy(args, policy, reward, texts, Machine(on_cpu=on_cpu))
+    return 2 * plan.figures["FLOPs a step"]
+
+
+def test_flops_of_an_iteration_by_hand():
+    """Sampling in two layers keeps what the first gave: then only the second runs."""
+    tiny = KNOWN_SHAPES["tiny"]
+    layer, words, tokens = tiny.layer_parameters, 259 * 64, 8 * 16
+    sampled = tokens * 2 * 2 * layer + 8 * 6 * 2 * words
+    scored = tokens * 2 * (2 + 2) * layer + 8 * 6 * 2 * 2 * words  # and reward model
+    updated = tokens * 6 * layer + 8 * 6 * 4 * words
+    by_hand = sampled + scored + updated
+    assert flops_of_an_iteration(bf16=True) == by_hand
+    assert flops_of_an_iteration(bf16=False, on_cpu=True) == by_hand
+    below = tokens * 2 * layer  # once more where its states were not kept
+    assert flops_of_an_iteration(bf16=True, on_cpu=True) == by_hand + below
+    windowed = dataclasses.replace(tiny, windowed=True)
+    assert flops_of_an_iteration(windowed, bf16=True) == by_hand + below
+    critic = flops_of_an_iteration(bf16=True, separate_value_model=True)
+    assert critic == by_hand + tokens * (2 + 6) * layer
+
+
 def test_a_plan_of_judging_is_calls_tokens_and_dollars():
     (plan,) = planned("starling_7b/label", "rows=1000", "passes=2")
     assert plan.figures["calls"] == 2000 and plan.figures["reply tokens"] == 1.4e6
@@ -402,6 +522,9 @@ def test_prompts_are_counted_where_they_can_be():
     assert count_prompts(dataclasses.replace(recipe, rows=7)) == 7
     assert count_prompts(RewardRecipe("o", "tiny")) == 203
     assert count_prompts(LabelRecipe("o", split="train+test")) == 240
+    for recipe, rows in ((RewardRecipe, 10), (APARecipe, 10), (LabelRecipe, 20)):
+        names = [] if recipe is LabelRecipe else ["tiny"] * (1 + (recipe is APARecipe))
+        assert count_prompts(recipe("o", *names, split="train+test", rows=10)) == rows
     with pytest.raises(RecipeError, match="prompts: how many me/own has in train is"):
         count_prompts(RewardRecipe("o", "tiny", "me/own"))
     with pytest.raises(RecipeError, match="split: cannot read 'train-2024'; write a"):

@@ -1,9 +1,11 @@
 """Presets that fit the machine, and artefacts that are made once."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_layers import MODULES, PACKAGE, own_imports
 
 from starling_lib import models, recipes
 from starling_lib.checkpoints import MARKER
@@ -92,6 +94,25 @@ def test_the_fingerprint_tells_hub_ids_and_retrained_folders_apart(tmp_path):
     assert len(marks) == 2
 
 
+# What modules of TRAINING_CODE import that decides no weights of a preset.
+BESIDE_TRAINING = {
+    "audit": "statistics of rankings, which `rankings` hands on",
+    "checkpoints": "saves and resumes what others compute",
+    "journal": "reads and writes files",
+    "metrics": "figures that are logged",
+    "pessimism": "a reward that no preset trains on, which `reward` hands on",
+    "released": "reads the released models, which no preset begins from",
+    "sharding": "FSDP, which presets do not use",
+}
+
+
+def test_the_fingerprint_covers_all_code_that_trains():
+    code = set(recipes.TRAINING_CODE)
+    sources = [(PACKAGE / f"{name}.py").read_text("utf-8") for name in code]
+    imported = set().union(*map(own_imports, sources)) & set(MODULES)
+    assert imported - code == set(BESIDE_TRAINING)
+
+
 @pytest.mark.parametrize("rows", [0, -1])
 def test_rankings_of_no_rows_are_refused(rows):
     with pytest.raises(ValueError, match=f"rows={rows}: give a number above 0"):
@@ -139,6 +160,26 @@ def test_an_interrupted_build_goes_on_in_its_folder(capsys):
     assert "resuming" in capsys.readouterr().out
     assert calls == [[], ["checkpoint-3", "seconds.json", "weights"]]
     assert (folder / MARKER).exists()
+
+
+@pytest.mark.parametrize("left", ["checkpoint-3", "trunk-cache", None])
+def test_a_build_killed_before_it_has_its_name_is_not_made_again(monkeypatch, left):
+    settings, calls = load_settings("tiny"), []
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            keep("reward_model", settings, builder(calls))
+    (partial,) = models.cache_dir().glob("artefacts/*.partial")
+    if left:  # the kill came while what is not needed was deleted
+        (partial / left).mkdir()
+    folder = keep("reward_model", settings, builder(calls))
+    assert calls == [[]] and not partial.exists()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"weights", "seconds.json", MARKER}
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_the_seconds_of_an_interrupted_stretch_count(monkeypatch):
