@@ -62,7 +62,7 @@ class LabelRecipe:
     )
     passes: int = _key("rankings of each row, each in another order", default=1)
     seed: int = _key("of display orders, pair orders and sampling", default=0)
-    attempts: int = _key("draws to ask for until a reply can be read", default=3)
+    attempts: int = _key("times to ask until a reply can be read", default=3)
     retry_failed: bool = _key("try the failures of earlier runs again", default=False)
     method: str = _key("how passes are joined: borda, plackett_luce", default="borda")
     replies: str | None = _key(
@@ -177,7 +177,7 @@ class BenchJudgeRecipe:
         "in pairs, every model against this one; null: all pairs", default=None
     )
     passes: int = _key("how often the judge is asked about each answer", default=1)
-    attempts: int = _key("draws to ask for until a reply can be read", default=3)
+    attempts: int = _key("times to ask until a reply can be read", default=3)
     retry_failed: bool = _key("try the failures of earlier runs again", default=False)
 
 

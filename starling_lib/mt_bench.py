@@ -467,7 +467,7 @@ def _play(
 def _ask_until_read(
     games: Sequence[tuple[_Task, int]], judge: Judge, attempts: int, label: str | None
 ) -> Iterator[tuple[_Task, int, _Game]]:
-    """Games as they are decided: read, or after the last attempt not."""
+    """Games as they are decided: read, or refused, or after the last attempt not."""
     waiting = [(task, i, 0) for task, i in games]
     for attempt in range(attempts):
         requests = [task.request(i, unread) for task, i, unread in waiting]
@@ -477,7 +477,8 @@ def _ask_until_read(
             for index, reply in replies:
                 task, i, unread = waiting[index]
                 game = _read(reply, task.kind, unread)
-                if game.error and attempt + 1 < attempts:
+                for_good = getattr(reply, "refused", False)
+                if game.error and attempt + 1 < attempts and not for_good:
                     again.append((task, i, game.unread))
                 else:
                     yield task, i, game

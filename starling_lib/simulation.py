@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from starling_lib.losses import kwise_loss, pairwise_loss
-from starling_lib.statistics import bootstrap_interval
+from starling_lib.statistics import student_interval
 
 Generator = np.random.Generator
 Judge = Callable[[np.ndarray, Generator], np.ndarray]
@@ -159,9 +159,9 @@ def efficiency(
     """How many times the error of `reference` an estimator's error is, seed by seed.
 
     `results` as `simulate` returns them; `measure` "error" or "angle" (of the reward's
-    direction only). Geometric mean of the ratio over seeds with its bootstrap interval:
-    above 1 the reference is better, and its square is how many times
-    as many rankings the estimator needs. Columns `judge, n, ratio, low, high`.
+    direction only). Geometric mean of the ratio over seeds with Student's interval of its
+    logarithm: above 1 the reference is better, and its square is how many times as many
+    rankings the estimator needs. Columns `judge, n, ratio, low, high`.
     Raises KeyError on an estimator that was not simulated.
     """
     keys = ["judge", "n", "seed"]
@@ -169,6 +169,6 @@ def efficiency(
     logs = np.log(errors[estimator] / errors[reference])
     rows = []
     for (judge, n), values in logs.groupby(keys[:2], sort=False):
-        ratio, low, high = np.exp(bootstrap_interval(values))
+        ratio, low, high = np.exp(student_interval(values))
         rows.append({"judge": judge, "n": n, "ratio": ratio, "low": low, "high": high})
     return pd.DataFrame(rows)

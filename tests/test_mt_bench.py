@@ -789,6 +789,13 @@ def test_file_holds_fastchats_fields_and_says_why_it_failed(tmp_path):
 
 
 @FAILED
+def test_what_is_refused_for_good_is_asked_for_once():
+    judge = Scripted(lambda prompt, draw: JudgeError("not this one", refused=True))
+    frame = judged(judge, [question(1, turns=1)], ["a"])
+    assert list(frame["score"]) == [-1] and len(judge.asked) == 1
+
+
+@FAILED
 def test_replies_cut_off_and_errors_are_failures(tmp_path):
     def say(prompt, draw):
         if "q1" in prompt:
