@@ -6,6 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from test_layers import MODULES, PACKAGE, own_imports
+from transformers import ProgressCallback
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils.notebook import NotebookProgressCallback
 
 from starling_lib import models, recipes
 from starling_lib.checkpoints import MARKER
@@ -236,3 +239,33 @@ def test_the_gold_model_learns_from_the_other_half_with_another_seed(monkeypatch
     assert gold.fingerprint("reward_model") != settings.fingerprint("reward_model")
     with pytest.raises(ValueError, match="no `half`; set it to A or B"):
         recipes.gold_model(load_settings("small", half=None))
+
+
+# --- training in a notebook
+
+
+@pytest.mark.parametrize("shown", [ProgressCallback, NotebookProgressCallback])
+def test_a_bar_takes_the_place_of_a_line_for_every_step(shown, capsys):
+    handler = CallbackHandler([shown()], None, None, None, None)
+    trainer = SimpleNamespace(
+        pop_callback=handler.pop_callback, add_callback=handler.add_callback
+    )
+    recipes.show_bar_only(trainer)
+    (bar,) = handler.callbacks
+    assert isinstance(bar, ProgressCallback)
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=2, global_step=2)
+    bar.on_train_begin(None, state, None)
+    bar.on_step_end(None, state, None)
+    bar.on_log(None, state, None, logs={"loss": 1.25})
+    bar.on_train_end(None, state, None)
+    told = "".join(capsys.readouterr())
+    assert "2/2" in told and "1.25" not in told
+
+
+def test_without_progress_there_is_no_bar_either():
+    handler = CallbackHandler([], None, None, None, None)
+    trainer = SimpleNamespace(
+        pop_callback=handler.pop_callback, add_callback=handler.add_callback
+    )
+    recipes.show_bar_only(trainer)
+    assert handler.callbacks == []
