@@ -142,21 +142,34 @@ class LayoutLost(ValueError):
 
 
 @dataclass(frozen=True)
+class Part:
+    """m runs of tokens, prompts or responses, of which attention is computed at once.
+
+    Positions past an end point at the first token: causality keeps real tokens from
+    seeing them, and nothing reads their output.
+    """
+
+    tokens: Tensor  # (m, n) token of each position
+    owner: Tensor | None  # (m,) the prompt that each response sees; of a prompt None
+    reach: int  # positions of that prompt, p
+    bias: Tensor  # (m, 1, n, p + n): 0 where a token may look, else −inf
+
+
+@dataclass(frozen=True)
 class PrefixLayout:
     """Where B prompts and M responses lie among the T real tokens of packed rows.
 
-    Made once a forward, used by every layer. P is the longest prompt, N the longest
-    response. Positions past an end point at the first token: causality keeps real tokens
-    from seeing them, and nothing reads their output.
+    Made once a forward, used by every layer. P is the longest prompt.
     """
 
     prompts: Tensor  # (B, P) token of each prompt position
-    responses: Tensor  # (M, N) token of each response position
-    owner: Tensor  # (M,) the prompt of each response
-    causal: Tensor  # (P, P): 0 where a prompt token may look, else −inf
-    bias: Tensor  # (M, 1, N, P + N): the same for response tokens
-    restore: Tensor  # (T,) place of each token among prompts, then responses
+    parts: list[Part]  # the prompts, then the responses
+    restore: Tensor  # (T,) place of each token among those of the parts, end to end
     ends: Tensor  # (M,) last token of each response
+
+
+# Attention weights a head that a CPU computes at once: in its cache, with little padding.
+AT_ONCE = 2**18
 
 
 def prefix_layout(segment_ids: Tensor, ends: Tensor) -> PrefixLayout:
@@ -166,18 +179,53 @@ def prefix_layout(segment_ids: Tensor, ends: Tensor) -> PrefixLayout:
     first = torch.cat([prompt[:, None], ends[:, :-1] + 1], 1)
     exists = ends >= 0
     owner = exists.nonzero()[:, 0]
-    lengths = (ends - first + 1)[exists]
-    prompts, in_prompt = _spans(start, prompt)
-    responses, inside = _spans((start[:, None] + first)[exists], lengths)
-    tokens = torch.cat([prompts[in_prompt], responses[inside]])
-    places = torch.cat([in_prompt.flatten(), inside.flatten()]).nonzero()[:, 0]
+    prompts = _spans(start, prompt)
+    responses = _spans((start[:, None] + first)[exists], (ends - first + 1)[exists])
+    pieces = [_part(rows, *prompts) for rows in _together(prompts[1])]
+    for rows in _together(responses[1], prompts[1][owner]):
+        pieces.append(_part(rows, *responses, owner, prompts[1]))
+    tokens = torch.cat([part.tokens[inside] for part, inside in pieces])
+    places = torch.cat([inside.flatten() for _, inside in pieces]).nonzero()[:, 0]
     restore = torch.empty_like(tokens).scatter_(0, tokens, places)
-    own = _causal(responses.shape[1], ends.device).expand(len(owner), -1, -1)
-    shared = in_prompt[owner][:, None].expand(-1, own.shape[1], -1)
-    bias = _bias(torch.cat([shared, own], -1))[:, None]
-    causal = _bias(_causal(prompts.shape[1], ends.device))
     last = (start[:, None] + ends)[exists]
-    return PrefixLayout(prompts, responses, owner, causal, bias, restore, last)
+    return PrefixLayout(prompts[0], [part for part, _ in pieces], restore, last)
+
+
+def _together(inside: Tensor, seen: Tensor | None = None) -> list[slice]:
+    """Runs (rows of `inside`) to compute at once, with the prompts that they see."""
+    if inside.device.type != "cpu":
+        return [slice(0, len(inside))]  # kernels like few large calls
+    lengths = inside.sum(1).tolist()
+    prompts = seen.sum(1).tolist() if seen is not None else [0] * len(lengths)
+    found, start = [], 0
+    for end in range(1, len(lengths) + 1):
+        n, p = max(lengths[start : end + 1]), max(prompts[start : end + 1])
+        if end == len(lengths) or (end + 1 - start) * n * (n + p) > AT_ONCE:
+            found.append(slice(start, end))
+            start = end
+    return found
+
+
+def _part(
+    rows: slice,
+    tokens: Tensor,
+    inside: Tensor,
+    owner: Tensor | None = None,
+    in_prompt: Tensor | None = None,
+) -> tuple[Part, Tensor]:
+    """Some runs as a part, and which of its positions are in them (m, n)."""
+    inside = inside[rows]
+    width = int(inside.sum(1).max())
+    inside, reach = inside[:, :width], 0
+    visible = _causal(width, inside.device).expand(len(inside), -1, -1)
+    if owner is not None:
+        owner = owner[rows]
+        shared = in_prompt[owner]
+        reach = int(shared.sum(1).max())
+        shared = shared[:, None, :reach].expand(-1, width, -1)
+        visible = torch.cat([shared, visible], -1)
+    bias = _bias(visible)[:, None]
+    return Part(tokens[rows, :width], owner, reach, bias), inside
 
 
 def _causal(width: int, device: torch.device) -> Tensor:
@@ -209,8 +257,8 @@ def shared_prefix_attention(
     """Attention of packed rows, segment by segment; without a layout, that of sdpa.
 
     The rows come as one row (1, H, T, D) of their real tokens. Prompts attend to
-    themselves once; all responses attend to their prompt and themselves in one call. Work
-    grows with K·N·(P + N) and not with (P + K·N)².
+    themselves once, responses to their prompt and themselves. Work grows with
+    K·N·(P + N) and not with (P + K·N)².
     """
     packed = attention_mask is not None and attention_mask.shape == (1, 1, 1, 1)
     if layout is None and packed and key.shape[2] > 1:
@@ -231,18 +279,18 @@ def shared_prefix_attention(
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, lowest)
         return attend(query, key, value, bias, *rest).transpose(1, 2).contiguous(), None
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, heads, D)
-    prompts = [x[layout.prompts].transpose(1, 2) for x in tokens]
-    own = [x[layout.responses].transpose(1, 2) for x in tokens]
-    keys, values = (
-        torch.cat([shared[layout.owner], mine], 2)
-        for shared, mine in zip(prompts[1:], own[1:], strict=True)
-    )
-    parts = (
-        attend(*prompts, layout.causal, *rest),
-        attend(own[0], keys, values, layout.bias, *rest),
-    )
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in parts]
-    return torch.cat(flat)[layout.restore][None], None
+    prompts = [x[layout.prompts].transpose(1, 2) for x in tokens[1:]]
+    parts = []
+    for part in layout.parts:
+        rows, *own = (x[part.tokens].transpose(1, 2) for x in tokens)
+        if part.owner is not None:
+            own = [
+                torch.cat([shared[part.owner, :, : part.reach], mine], 2)
+                for shared, mine in zip(prompts, own, strict=True)
+            ]
+        parts.append(attend(rows, *own, part.bias, *rest).transpose(1, 2))
+    flat = torch.cat([part.flatten(0, 1) for part in parts])
+    return flat[layout.restore][None], None
 
 
 def attend(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralForSequenceClassification
 
+from starling_lib import prefix
 from starling_lib.models import autocast, reward_head
 from starling_lib.prefix import (
     SHARED_PREFIX,
@@ -147,6 +148,45 @@ def test_order_of_responses_does_not_matter(reward_model):
     forward = scorer(**pack_all([(prompt, responses)]))
     backward = scorer(**pack_all([(prompt, responses[::-1])]))
     assert torch.allclose(forward, backward.flip(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 100])  # one run a part, then a few
+def test_parts_change_neither_scores_nor_gradients(reward_model, monkeypatch, at_once):
+    def learn():
+        scorer = RankingScorer(copy.deepcopy(reward_model))
+        scores = scorer(**pack_all())
+        scores.nan_to_num().square().sum().backward()
+        return scores.detach(), [p.grad for p in scorer.parameters()]
+
+    scores, gradients = learn()
+    monkeypatch.setattr(prefix, "AT_ONCE", at_once)
+    found, slopes = learn()
+    assert torch.allclose(found, scores, atol=1e-6, equal_nan=True)
+    for one, other in zip(slopes, gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1))
+def test_runs_are_put_together_in_order_while_they_fit(runs):
+    own, seen = (
+        torch.arange(9) < torch.tensor(x)[:, None] for x in zip(*runs, strict=True)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix, "AT_ONCE", 100)
+        found = prefix._together(own, seen)
+
+    def weights(rows):
+        n, p = (max(x) for x in zip(*runs[rows], strict=True))
+        return len(runs[rows]) * n * (n + p)
+
+    assert [i for rows in found for i in range(rows.start, rows.stop)] == [
+        *range(len(runs))
+    ]
+    for rows in found:
+        assert rows.stop == rows.start + 1 or weights(rows) <= 100
+        if rows.stop < len(runs):
+            assert weights(slice(rows.start, rows.stop + 1)) > 100, "one more would fit"
 
 
 def test_bf16_scores_are_close_and_in_float32(reward_model, monkeypatch):
