@@ -354,7 +354,7 @@ def _rewardbench_table(columns: dict[tuple[str, str], tuple]) -> pd.DataFrame:
         low, high = np.percentile(values[1:], [2.5, 97.5])
         rows.append({"estimate": values[0], "low": low, "high": high, "n": int(n)})
     index = pd.MultiIndex.from_tuples(columns, names=["section", "subset"])
-    return pd.DataFrame(rows, index=index)
+    return pd.DataFrame(rows, index=index, columns=["estimate", "low", "high", "n"])
 
 
 def _check_rewardbench(rows: pd.DataFrame | Iterable[Mapping]) -> pd.DataFrame:

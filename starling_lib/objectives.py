@@ -88,7 +88,8 @@ def apa_loss(
     tensor(0.)
     """
     target = anchor_logprobs + advantages / apa_lambda
-    return masked_mean((logprobs - target) ** 2, mask, count)
+    # Masked before the square, whose gradient at a NaN of padding is NaN.
+    return masked_mean(torch.where(mask, logprobs - target, 0) ** 2, mask, count)
 
 
 def awr_loss(
@@ -104,7 +105,9 @@ def awr_loss(
     From (N, R) tensors a scalar: −mean over response tokens of exp(A/λ)·log π_θ, weights
     clipped at `max_weight` as in that paper (§5).
     """
-    weights = (advantages / awr_lambda).exp().clamp(max=max_weight)
+    weights = (
+        (torch.where(mask, advantages, 0) / awr_lambda).exp().clamp(max=max_weight)
+    )
     return -masked_mean(weights * logprobs, mask, count)
 
 
@@ -120,7 +123,8 @@ def ppo_loss(
 
     From (N, R) tensors a scalar, a mean over response tokens.
     """
-    ratio = (logprobs - old_logprobs).exp()
+    advantages = torch.where(mask, advantages, 0)
+    ratio = torch.where(mask, logprobs - old_logprobs, 0).exp()
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
     return -masked_mean(gain, mask, count)
@@ -138,10 +142,10 @@ def value_loss(
 
     From (N, R) tensors a scalar, a mean over response tokens.
     """
-    error = (values - returns) ** 2
+    error = torch.where(mask, values - returns, 0) ** 2
     if cliprange is not None:
         near = old_values + (values - old_values).clamp(-cliprange, cliprange)
-        error = torch.maximum(error, (near - returns) ** 2)
+        error = torch.maximum(error, torch.where(mask, near - returns, 0) ** 2)
     return 0.5 * masked_mean(error, mask, count)
 
 

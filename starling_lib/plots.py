@@ -363,7 +363,7 @@ def _prompt_means(frame: pd.DataFrame, column: str = "reward") -> pd.Series:
 
 def _two_histograms(ax: Axes, old: pd.Series, new: pd.Series, bins: int) -> None:
     """Before as a grey area, after as a blue outline, a vertical line at each mean."""
-    edges = np.histogram_bin_edges(pd.concat([old, new]), bins=bins)
+    edges = np.histogram_bin_edges(pd.concat([old, new]).dropna(), bins=bins)
     grey, blue = np.histogram(old, edges)[0], np.histogram(new, edges)[0]
     ax.stairs(grey, edges, fill=True, color=BEFORE, alpha=0.4, label="before")
     ax.stairs(blue, edges, color=AFTER, linewidth=1.8, label="after")

@@ -296,6 +296,22 @@ class KwiseRewardTrainer(WrappedModelTrainer):
             return loss, None, None
         return loss, scores, (inputs["lengths"], inputs["ranks"])
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """Metrics of raw rankings, or of rows as the trainer keeps them."""
+        return super().evaluate(self._encoded(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """Scores of raw rankings with two responses or more, or of rows kept here."""
+        return super().predict(self._encoded(test_dataset), *args, **kwargs)
+
+    def _encoded(self, dataset):
+        """Packed rows of raw rankings; anything else as it is."""
+        _check_table(dataset)
+        if not isinstance(dataset, Dataset) or "responses" not in dataset.column_names:
+            return dataset
+        self.responses = max(self.responses, _most_responses(dataset))
+        return _encode_rows(dataset, self.processing_class, self.args.max_length)
+
     def score_rankings(self, dataset: Dataset | None = None) -> Tensor:
         """(rows, K) scores, best-ranked first, of raw rankings (default: eval set).
 
@@ -303,10 +319,7 @@ class KwiseRewardTrainer(WrappedModelTrainer):
         """
         rows, rankings = self.eval_dataset, self.eval_rankings
         if dataset is not None:
-            _check_table(dataset)
-            self.responses = max(self.responses, _most_responses(dataset))
-            rows = _encode_rows(dataset, self.processing_class, self.args.max_length)
-            rankings = dataset
+            rows = rankings = dataset
         found = torch.as_tensor(self.predict(rows).predictions)
         scores = found.new_full((len(rankings), found.shape[1]), torch.nan)
         scores[several_responses(rankings)] = found
@@ -376,6 +389,10 @@ def _encode_rows(dataset: Dataset | None, tokenizer, max_length: int) -> Dataset
     if dataset is None:
         return None
     kept = several_responses(dataset)
+    if not kept:
+        raise ValueError(
+            f"none of {len(dataset)} rows has two responses: nothing to compare"
+        )
     if lost := len(dataset) - len(kept):
         warnings.warn(f"{lost} rows rank a single response: left out", stacklevel=3)
         dataset = dataset.select(kept)
@@ -418,7 +435,10 @@ def _ranks_several(row: dict) -> bool:
 
 def _encode_row(row: dict, tokenizer, max_length: int) -> dict:
     """`encode_ranking` with what the loss reads beside the scores."""
-    ranks = row.get("ranks") or list(range(1, len(row["responses"]) + 1))
+    count = len(row["responses"])
+    ranks = row.get("ranks") or list(range(1, count + 1))
+    if len(ranks) != count:  # the rest would count as missing, and drop out unseen
+        raise ValueError(f"{len(ranks)} ranks for {count} responses: give one for each")
     weight = row.get("weight")
     return {
         **encode_ranking(row, tokenizer, max_length),

@@ -54,7 +54,10 @@ class Rollout:
         return self.response_mask.sum(1)
 
     def select(self, rows: Sequence[int] | Tensor) -> "Rollout":
-        """The same rollout restricted to (or reordered by) `rows`."""
+        """The same rollout of (or in the order of) `rows`: numbers, or a mask (N,)."""
+        rows = torch.as_tensor(rows)
+        if rows.dtype == torch.bool:
+            rows = torch.arange(len(self))[rows.cpu()]
         rows = [int(row) for row in rows]
         chosen = {
             field.name: _take(getattr(self, field.name), rows)
@@ -79,8 +82,13 @@ def encode_prompt(
     """Token ids of a conversation up to where the assistant's reply begins.
 
     One tokenisation of the rendered template, so no second BOS; with `max_length` the
-    oldest tokens go (left truncation, as Starling did).
+    oldest tokens go (left truncation, as Starling did). Raises ValueError on a text.
     """
+    if isinstance(messages, str):
+        raise ValueError(
+            f"a prompt is the text {messages[:60]!r}, expected messages: "
+            '[{"role": "user", "content": …}]'
+        )
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
@@ -110,8 +118,14 @@ def sample(
     the order given. The global random state is left as it was. On a CPU with fast bf16 a
     copy in bf16 samples: the policy's distribution but for rounding. The rollout's
     `states` after so many layers (`keep_after`) are kept where sampling computes them as
-    training would: not by a half-precision copy, not in sliding windows.
+    training would: not by a half-precision copy, not in sliding windows. Raises
+    ValueError on a negative temperature and on max_new_tokens < 1.
     """
+    if temperature < 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature}, max_new_tokens={max_new_tokens}: need a "
+            "temperature ≥ 0 and at least one token"
+        )
     policy = without_wrapper(policy)
     prompts = [messages for messages in prompts for _ in range(samples)]
     encoded = [encode_prompt(tokenizer, m, max_prompt_length) for m in prompts]

@@ -262,8 +262,9 @@ def _read_responses(
             states = model.base_model(**inputs, use_cache=False).last_hidden_state
             states = states[torch.arange(len(some)), last.to(model.device)]
             parts.append(read(states).cpu())
-    if not parts:
-        return read(torch.zeros(0, model.config.hidden_size, device=model.device)).cpu()
+        if not parts:
+            nothing = torch.zeros(0, model.config.hidden_size, device=model.device)
+            return read(nothing).cpu()
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 

@@ -109,8 +109,8 @@ def paired_difference(
     `a` and `b` have shape (N,), measured on the same items. Under "no difference" the
     sign of each pair's difference is arbitrary, so signs are flipped at random (all
     2^G ways when that is no more than `resamples`); with `groups` the pairs of a group
-    keep one common sign. A single group proves nothing: p is 1, the ends are NaN.
-    Raises ValueError on unequal lengths.
+    keep one common sign. A single group proves nothing: p is 1, the ends are NaN. Where
+    a difference is not finite, all four are NaN. Raises ValueError on unequal lengths.
 
     >>> after, before = [3, 4, 5, 6, 7], [1, 3, 4, 4, 6]
     >>> paired_difference(after, before)
@@ -120,6 +120,8 @@ def paired_difference(
     if len(a) != len(b):
         raise ValueError(f"paired samples differ in length: {len(a)} and {len(b)}")
     difference = a - b
+    if not np.isfinite(difference).all():  # the test would say p = 0
+        return PairedDifference(*[float("nan")] * 4)
     interval = bootstrap_interval(difference, np.mean, groups, level, resamples, seed)
     sums = np.bincount(_group_codes(len(a), groups), weights=difference)
     if len(sums) < 2:  # SciPy refuses one group; both its signs are as far from 0

@@ -262,10 +262,11 @@ def test_value_loss_takes_the_larger_error(value, clip, loss):
     assert value_loss(*values, mask, clip, 2.0).item() == pytest.approx(loss / 2)
 
 
+@pytest.mark.parametrize("padding", [7.0, math.inf, math.nan])
 @pytest.mark.parametrize("loss", ["apa", "awr", "ppo", "value"])
-def test_gradients_are_finite_and_zero_at_padding(loss, batch):
+def test_gradients_are_finite_and_zero_at_padding(loss, padding, batch):
     *tensors, mask = batch
-    x, y, z = (torch.where(mask, t, 7.0) for t in tensors)
+    x, y, z = (torch.where(mask, t, padding) for t in tensors)
     x.requires_grad_()
     value = {
         "apa": lambda: apa_loss(x, y, z, mask, 0.1),

@@ -199,6 +199,12 @@ def test_resampled_means_counts_every_resample():
     assert set(ax.lines[0].get_xdata()) == {1.3}
 
 
+def test_paired_rewards_leave_out_what_has_no_reward():
+    unknown = AFTER.assign(reward=AFTER.reward.where(AFTER.index > 0))
+    left, _ = plots.paired_rewards(BEFORE, unknown).axes
+    assert left.patches[1].get_data().values.sum() == len(AFTER) - 1
+
+
 def test_paired_rewards_places_prompts_and_counts_gains():
     left, right = plots.paired_rewards(BEFORE, AFTER).axes
     offsets = right.collections[0].get_offsets()

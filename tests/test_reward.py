@@ -188,6 +188,17 @@ def test_scoring_rows_with_more_responses_than_training_had(
     assert scores.isnan().tolist() == [[False, False, True, True], [False] * 4]
 
 
+def test_raw_rankings_are_evaluated_as_the_trainers_own(trained, toy_rankings):
+    trainer, _ = trained
+    few = toy_rankings.select([1, 4])
+    own = trainer.evaluate(trainer.eval_dataset.select([1, 4]))
+    found = trainer.evaluate(few, metric_key_prefix="test")
+    assert found["test_accuracy"] == own["eval_accuracy"]
+    assert found["test_loss"] == pytest.approx(own["eval_loss"])
+    scores = torch.as_tensor(trainer.predict(few).predictions)
+    assert torch.equal(scores, trainer.score_rankings(few))
+
+
 def test_the_ranks_of_a_short_row_begin_at_one(reward_model, tokenizer, tmp_path):
     rows = Dataset.from_list(toy_rows()[:2])
     short = {"responses": ["a", "b"], "finished": [True, True]}
@@ -729,6 +740,22 @@ def test_rows_with_a_single_response_are_left_out_with_a_warning(
             tmp_path, reward_model, tokenizer, Dataset.from_list(rows)
         )
     assert len(trainer.train_dataset) == 10
+
+
+def test_rows_of_single_responses_only_are_refused(
+    reward_model, tokenizer, toy_rankings, tmp_path
+):
+    rows = Dataset.from_list([{**toy_rankings[0], "responses": ["only"]}])
+    with pytest.raises(ValueError, match="none of 1 rows has two responses"):
+        make_trainer(tmp_path, reward_model, tokenizer, rows)
+
+
+def test_a_rank_for_each_response_is_needed(
+    reward_model, tokenizer, toy_rankings, tmp_path
+):
+    rows = Dataset.from_list([{**toy_rankings[0], "ranks": [1.0]}])
+    with pytest.raises(ValueError, match="1 ranks for 4 responses"):
+        make_trainer(tmp_path, reward_model, tokenizer, rows)
 
 
 def test_unknown_loss(tmp_path):

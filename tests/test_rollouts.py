@@ -76,6 +76,11 @@ def test_encode_prompt_ends_where_the_reply_begins(tokenizer):
     assert encode_prompt(tokenizer, PROMPTS[1], max_length=500) == ids
 
 
+def test_a_prompt_that_is_a_text_is_named(tokenizer):
+    with pytest.raises(ValueError, match="the text 'Why\\?', expected messages"):
+        encode_prompt(tokenizer, "Why?")
+
+
 def test_encode_prompt_adds_no_second_bos(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
@@ -225,6 +230,16 @@ def test_select_keeps_fields_together(policy, tokenizer):
     assert part.texts == [rollout.texts[2], rollout.texts[0]]
     for name in ("prompt_ids", "response_mask", "finished"):
         assert torch.equal(getattr(part, name), getattr(rollout, name)[[2, 0]])
+    chosen = torch.arange(len(rollout)) == 2
+    for mask in (chosen, chosen.tolist(), chosen.numpy()):
+        assert rollout.select(mask).texts == [rollout.texts[2]]
+    assert len(rollout.select([])) == 0
+
+
+@pytest.mark.parametrize("change", [{"temperature": -1.0}, {"max_new_tokens": 0}])
+def test_sampling_refuses_settings_without_a_meaning(change, policy, tokenizer):
+    with pytest.raises(ValueError, match="need a temperature ≥ 0 and at least one"):
+        sample(policy, tokenizer, PROMPTS, **change)
 
 
 # --- states kept while sampling

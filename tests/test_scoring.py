@@ -143,7 +143,10 @@ def test_features_are_what_the_head_reads(reward_model, tokenizer, conversations
 
 def test_nothing_to_score(reward_model, tokenizer):
     assert score_responses(reward_model, tokenizer, [], []).shape == (0,)
+    assert not score_responses(reward_model, tokenizer, [], []).requires_grad
     assert response_features(reward_model, tokenizer, [], []).shape == (0, 64)
+    bench = pd.DataFrame(columns=["prompt", "chosen", "rejected", "subset"])
+    assert score_rewardbench(reward_model, tokenizer, bench)["estimate"].empty
 
 
 # --- RewardBench

@@ -186,6 +186,12 @@ def test_bad_input_is_named(call, message):
         call()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_never_significant(value):
+    assert np.isnan(paired_difference([1, value, 2, 5], [2, 2, 2, 2])).all()
+
+
 def test_one_group_proves_nothing():
     for pairs, groups in [(([3.0], [1.0]), None), (([3, 4], [1, 2]), ["x", "x"])]:
         found = paired_difference(*pairs, groups)
