@@ -216,6 +216,9 @@ def _open_jsonl(
     sizes = {name: len(rows) for name, rows in lines.items()}
     parts = ReadInstruction.from_spec(split).to_absolute(sizes)
     chosen = [lines[part.splitname][part.from_ : part.to] for part in parts]
+    if not any(chosen):
+        held = ", ".join(f"{files[name].name} holds {sizes[name]}" for name in files)
+        raise RankingError(f"split {split!r} is empty: {held} rows")
     return Dataset.from_list(list(itertools.chain(*chosen)), features=_LINE_FEATURES)
 
 
@@ -318,8 +321,17 @@ def read_rows(
     table = _open(source, split, streaming=False)
     if limit is not None:
         table = table.select(range(min(limit, len(table))))
-    rows = (_parse_line(row["jsonl"]) if "jsonl" in row else row for row in table)
-    return [_with_id(row) for row in rows]
+    return [_with_id(_stored(row)) for row in table]
+
+
+def _stored(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's own fields; an error names the line that holds it."""
+    if "jsonl" not in row:
+        return row
+    try:
+        return _parse_line(row["jsonl"])
+    except RankingError as error:
+        raise RankingError(f"line {row['line']}: {error}") from None
 
 
 def _with_id(row: dict[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def _typed_union(kinds: Sequence[Any], value: Any, name: str) -> Any:
 def _wrong_type(kinds: Sequence[Any], value: Any, name: str) -> RecipeError:
     wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
     hint = " (YAML wants a point in 1.0e-4)" if float in kinds else ""
+    if str in kinds and isinstance(value, bool | int | float):
+        hint = " (YAML reads no, yes and figures so; as text: key=\"'no'\")"
     return RecipeError(f"{name}: expected {wanted}, got {value!r:.60}{hint}")
 
 

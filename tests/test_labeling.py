@@ -1541,6 +1541,11 @@ def test_recipes_are_typed(tmp_path):
         ("count: 3\nloud: 1", [], "loud: expected bool, got 1"),
         ("count: 3\nrate: 1e-4", [], r"rate: expected float, got '1e-4' \(YAML wants"),
         (
+            "count: 3",
+            ["part.name=no"],
+            r"part.name: expected str, got False \(YAML reads no",
+        ),
+        (
             "count: 3\npart: {name: x, shares: [a]}",
             [],
             r"part.shares\[0\]: expected float",

@@ -296,6 +296,23 @@ def test_a_line_that_is_not_json_is_named(tmp_path, line):
         load_rankings(path)
 
 
+def test_a_stored_line_that_is_not_json_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(_row()) + "\n\n{broken\n")
+    with pytest.raises(RankingError, match="^line 3: not JSON"):
+        rankings.read_rows(path)
+
+
+@pytest.mark.parametrize("read", [load_rankings, rankings.read_rows])
+@pytest.mark.parametrize(
+    ("rows", "split"), [([], "train"), ([_row()], "train[5:]")], ids=["file", "slice"]
+)
+def test_nothing_to_read_is_named(tmp_path, read, rows, split):
+    path = _write(tmp_path / "x.jsonl", *rows)
+    with pytest.raises(RankingError, match=f"is empty: x.jsonl holds {len(rows)} rows"):
+        read(path, split)
+
+
 def test_the_id_helps_to_find_the_row(tmp_path):
     path = _write(tmp_path / "x.jsonl", _with_answer(answer="") | {"id": "a12"})
     with pytest.raises(
