@@ -27,7 +27,7 @@ from starling_lib.models import (
     load_tokenizer,
     resolve,
 )
-from starling_lib.rankings import load_rankings, without_prompts
+from starling_lib.rankings import RankingError, load_rankings, without_prompts
 from starling_lib.recipe_files import (
     RecipeError,
     check_arguments,
@@ -62,9 +62,7 @@ def train_reward_model(recipe: RewardRecipe) -> Path:
     peft_config = lora_config(recipe.lora, "SEQ_CLS")
     if is_finished(recipe, folder):
         return folder
-    held_out = recipe.eval_split and first_rankings(
-        recipe.data, recipe.eval_split, recipe.rows
-    )
+    held_out = _held_out(recipe)
     trainer = KwiseRewardTrainer(
         model=recipe.model,
         args=args,
@@ -79,6 +77,19 @@ def train_reward_model(recipe: RewardRecipe) -> Path:
         report_reward_model(trainer, held_out, folder)
     finish(trainer, folder)
     return folder
+
+
+def _held_out(recipe: RewardRecipe) -> Dataset | None:
+    """What the reward model is measured on; None without an `eval_split`."""
+    if not recipe.eval_split:
+        return None
+    try:
+        return first_rankings(recipe.data, recipe.eval_split, recipe.rows)
+    except RankingError as error:
+        raise RecipeError(
+            f"eval_split: {error}; here null stands for none, 'train[:20]' for rows to be "
+            "held out of one file"
+        ) from None
 
 
 def train_policy(recipe: APARecipe) -> Path:

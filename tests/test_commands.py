@@ -142,6 +142,16 @@ def test_a_table_is_learnt_from_without_what_is_held_out(folder, capsys):
         rankings(eval_split="train")
 
 
+def test_held_out_rows_of_a_single_file_need_a_key_that_is_named(folder):
+    from starling_lib.training_runs import train_reward_model
+
+    own = folder / "own.jsonl"
+    own.write_text((ROOT / "data/nectar_mini/test.jsonl").read_text())
+    recipe = read_command(BY_NAME["reward"], "tiny", [f"data={own}", "half=null"])
+    with pytest.raises(RecipeError, match="^eval_split: own.jsonl is one file.*null"):
+        train_reward_model(recipe)
+
+
 def test_adapters_are_merged_into_the_saved_model(folder):
     from starling_lib.models import load_reward_model
 
